@@ -1,0 +1,1 @@
+"""Estimators see recorded transitions, never an environment."""

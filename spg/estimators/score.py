@@ -1,0 +1,100 @@
+"""Score-function (likelihood-ratio) estimates of ∇J for any kernel and segment length."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from spg.kernels.kernel import Kernel
+from spg.scans import split_segments
+from spg.types import Transition
+
+
+def score_estimate(
+    kernel: Kernel, traj: Transition, weight: Float[Array, " T"], *, segment_length: int
+) -> Kernel:
+    """Score-function estimate of ∇J from one trajectory, shaped like `kernel`; it points uphill.
+
+        ĝ = Σ_t w_t ∇ log π(a_t, z_{t+1} | o_t, z_t)
+
+    With w_t an unbiased γ^t Q_t: a kernel that draws z' is unbiased at every `segment_length`
+    (Al-Hafez et al., 2024, lemma 2.1); one that computes z' only if a segment is the whole
+    episode (BPTT). Raises ValueError if `segment_length` does not divide T.
+    """
+    segments = split_segments(traj, segment_length)
+
+    def surrogate(kernel):
+        log_prob = jax.vmap(kernel.replay)(segments).log_prob
+        return jnp.vdot(lax.stop_gradient(weight), log_prob.reshape(-1))
+
+    return eqx.filter_grad(surrogate)(kernel)
+
+
+def reinforce(
+    score: PyTree[Float[Array, "N ..."]], episode_return: Float[Array, " N"]
+) -> PyTree[Float[Array, "..."]]:
+    """REINFORCE over N episodes with the variance-optimal baseline of each parameter j.
+
+        g_j = mean[S_j (J - b_j)],    b_j = mean[S_j² J] / mean[S_j²]    (0/0 := 0)
+
+    S is the score Σ_t ∇ log π of an episode (`score_estimate` with unit weights), J its
+    discounted return. The baseline is fitted on the same episodes: bias O(1/N). Williams (1992),
+    Peters & Schaal (2008), eq. 12; REINFORCE-RS of Al-Hafez et al. (2024).
+    """
+
+    def component(s):
+        j = episode_return.reshape(-1, *(1,) * (s.ndim - 1))
+        return jnp.mean(s * (j - _ratio(jnp.mean(s**2 * j, 0), jnp.mean(s**2, 0))), 0)
+
+    return jax.tree.map(component, score)
+
+
+def gpomdp(
+    kernel: Kernel,
+    trajs: Transition,
+    reward: Float[Array, "N T"],
+    alive: Float[Array, "N T"],
+    *,
+    segment_length: int,
+) -> Kernel:
+    """GPOMDP over N episodes with a variance-optimal baseline of each parameter j and time t.
+
+        S_{t,j} = Σ_{i≤t} ∂_j log π(a_i, z_{i+1} | o_i, z_i)
+        g_j = mean Σ_t S_{t,j} (r_t - b_{t,j}),    b_{t,j} = mean[S²_{t,j} r_t] / mean[S²_{t,j}]
+
+    `reward` is the discounted one, γ^t r_t; `alive` (1 until an episode's end, 0 after) masks
+    scores. Baxter & Bartlett (2001); GPOMDP-RS of Al-Hafez et al. (2024). The partial sums are
+    never stored: memory is that of one segment's scores, N · L parameter vectors. For a kernel
+    that computes z', segments are truncated BPTT, as in `score_estimate`.
+    """
+    time_first = lambda x: jnp.moveaxis(jax.vmap(lambda y: split_segments(y, segment_length))(x), 1, 0)
+    segments, reward, alive = jax.tree.map(time_first, (trajs, reward, alive))
+    scores = jax.vmap(eqx.filter_jacrev(lambda k, s: k.replay(s).log_prob), (None, 0))
+
+    def step(carry, inputs):
+        partial, gradient = carry
+        segment, reward, alive = inputs
+
+        def component(s, partial, gradient):
+            expand = lambda x: x.reshape(*x.shape, *(1,) * (s.ndim - 2))
+            s = partial[:, None] + jnp.cumsum(s * expand(alive), 1)
+            r = expand(reward)
+            baseline = _ratio(jnp.mean(s**2 * r, 0), jnp.mean(s**2, 0))
+            return s[:, -1], gradient + jnp.mean(s * (r - baseline), 0).sum(0)
+
+        pairs = jax.tree.map(component, scores(kernel, segment), partial, gradient)
+        return jax.tree.transpose(
+            jax.tree.structure(gradient), jax.tree.structure((0, 0)), pairs
+        ), None
+
+    params = eqx.filter(kernel, eqx.is_inexact_array)
+    zeros = jax.tree.map(lambda p: jnp.zeros((reward.shape[1], *p.shape), p.dtype), params)
+    gradient = jax.tree.map(jnp.zeros_like, params)
+    (_, gradient), _ = lax.scan(step, (zeros, gradient), (segments, reward, alive))
+    return gradient
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    zero = denominator == 0
+    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1.0, denominator))

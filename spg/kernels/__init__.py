@@ -1,0 +1,1 @@
+"""The parts of a stateful policy π(a, z' | o, z)."""

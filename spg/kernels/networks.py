@@ -1,0 +1,70 @@
+"""Small networks whose every leaf is an array, so that they can be carried by a scan."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+class MLP(eqx.Module):
+    """Perceptron with tanh between its layers, orthogonal weights and zero biases.
+
+    `sizes` lists the widths, input and output included; `gain` scales the last layer, which a
+    policy wants small (near-uniform actions at the start) and a critic wants at 1.
+    """
+
+    layers: list[eqx.nn.Linear]
+
+    def __init__(self, sizes: list[int], *, gain: float, key: PRNGKeyArray):
+        gains = [2.0**0.5] * (len(sizes) - 2) + [gain]
+        keys = jr.split(key, len(gains))
+        self.layers = [
+            _orthogonal(n, m, gain=g, key=k)
+            for n, m, g, k in zip(sizes[:-1], sizes[1:], gains, keys, strict=True)
+        ]
+
+    def __call__(self, x: Float[Array, " n"]) -> Float[Array, " m"]:
+        for layer in self.layers[:-1]:
+            x = jnp.tanh(layer(x))
+        return self.layers[-1](x)
+
+
+class Normalizer(eqx.Module):
+    """Standardise by the running mean and variance of all data given to `update`.
+
+    Constant to gradients. Updated between, never inside, policy updates: the first ratio of a
+    surrogate would differ from 1 otherwise. Before any data it is the identity.
+    """
+
+    mean: Float[Array, " n"]
+    var: Float[Array, " n"]
+    count: Float[Array, ""]
+
+    def __init__(self, size: int):
+        self.mean = jnp.zeros(size)
+        self.var = jnp.ones(size)
+        self.count = jnp.zeros(())
+
+    def __call__(self, x: Float[Array, " n"]) -> Float[Array, " n"]:
+        """(x - mean) / std, clipped at ±10."""
+        mean, var = lax.stop_gradient((self.mean, self.var))
+        return jnp.clip((x - mean) * lax.rsqrt(var + 1e-8), -10.0, 10.0)
+
+    def update(self, data: Float[Array, "*batch n"]) -> "Normalizer":
+        """Merge the moments of `data` into these, Chan et al. (1979), eq. 2.1."""
+        data = data.reshape(-1, data.shape[-1])
+        size = data.shape[0]
+        count = self.count + size
+        delta = data.mean(0) - self.mean
+        mean = self.mean + delta * size / count
+        m2 = self.var * self.count + data.var(0) * size + delta**2 * self.count * size / count
+        where = lambda n: (n.mean, n.var, n.count)
+        return eqx.tree_at(where, self, (mean, m2 / count, count))
+
+
+def _orthogonal(n: int, m: int, *, gain: float, key: PRNGKeyArray) -> eqx.nn.Linear:
+    layer = eqx.nn.Linear(n, m, key=key)
+    weight = jax.nn.initializers.orthogonal(gain)(key, (m, n))
+    return eqx.tree_at(lambda l: (l.weight, l.bias), layer, (weight, jnp.zeros(m)))

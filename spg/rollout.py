@@ -1,0 +1,108 @@
+"""Kernels in environments: rollouts of one trajectory, and evaluation over whole episodes."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from spg.kernels.kernel import Kernel
+from spg.types import Environment, Transition
+
+
+class Carry(NamedTuple):
+    """Where a rollout stands in its environment."""
+
+    env_state: PyTree
+    obs: PyTree
+    z: Array
+    first: Bool[Array, ""]
+    episode_return: Float[Array, ""]  # of the episode under way, not discounted
+    episode_length: Int[Array, ""]
+
+
+class Episodes(NamedTuple):
+    """The episodes that ended in a rollout."""
+
+    count: Float[Array, ""]
+    return_sum: Float[Array, ""]
+    length_sum: Float[Array, ""]
+
+
+def reset(kernel: Kernel, env: Environment, env_params: Any, *, key: PRNGKeyArray) -> Carry:
+    """The start of an episode."""
+    obs, env_state = env.reset(key, env_params)
+    zero = jnp.zeros((), jnp.float32)
+    return Carry(env_state, obs, kernel.z0, jnp.array(True), zero, jnp.zeros((), jnp.int32))
+
+
+def rollout(
+    kernel: Kernel,
+    env: Environment,
+    env_params: Any,
+    carry: Carry,
+    *,
+    num_steps: int,
+    key: PRNGKeyArray,
+) -> tuple[Carry, Transition, Episodes]:
+    """`num_steps` consecutive steps of one environment, across the ends of episodes."""
+
+    def step(carry, key):
+        policy_key, env_key = jr.split(key)
+        z = kernel.reset(carry.first, carry.z)
+        action, z_next = kernel.sample(carry.obs, z, key=policy_key)
+        obs, env_state, reward, terminated, truncated, info = env.step(
+            env_key, carry.env_state, action, env_params
+        )
+        transition = Transition(
+            carry.obs, z, action, z_next, reward, carry.first,
+            terminated, truncated, info["final_observation"],
+        )  # fmt: skip
+        done = terminated | truncated
+        episode_return = carry.episode_return + reward
+        length = carry.episode_length + 1
+        ended = Episodes(done * 1.0, done * episode_return, (done * length).astype(jnp.float32))
+        episode_return, length = (jnp.where(done, 0, x) for x in (episode_return, length))
+        return Carry(env_state, obs, z_next, done, episode_return, length), (transition, ended)
+
+    carry, (traj, ended) = lax.scan(step, carry, jr.split(key, num_steps))
+    return carry, traj, jax.tree.map(lambda x: x.sum(0), ended)
+
+
+def evaluate(
+    kernel: Kernel,
+    env: Environment,
+    env_params: Any,
+    *,
+    noise: bool,
+    max_steps: int,
+    key: PRNGKeyArray,
+) -> Float[Array, ""]:
+    """Undiscounted return of one fresh episode, cut after `max_steps`.
+
+    With `noise` actions and internal states are sampled; without, both are the modes of their
+    laws. `vmap` over keys for several episodes.
+    """
+    reset_key, key = jr.split(key)
+    start = reset(kernel, env, env_params, key=reset_key)
+
+    def step(state):
+        carry, t, _ = state
+        policy_key, env_key = jr.split(jr.fold_in(key, t))
+        z = kernel.reset(carry.first, carry.z)
+        action, z_next = (
+            kernel.sample(carry.obs, z, key=policy_key) if noise else kernel.mode(carry.obs, z)
+        )
+        obs, env_state, reward, terminated, truncated, _ = env.step(
+            env_key, carry.env_state, action, env_params
+        )
+        first = jnp.array(False)
+        episode_return = carry.episode_return + reward
+        carry = Carry(env_state, obs, z_next, first, episode_return, carry.episode_length)
+        return carry, t + 1, terminated | truncated
+
+    going = lambda state: ~state[2] & (state[1] < max_steps)
+    carry, _, _ = lax.while_loop(going, step, (start, jnp.zeros((), jnp.int32), jnp.array(False)))
+    return carry.episode_return

@@ -1,0 +1,62 @@
+"""The data that every part of the library exchanges."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+
+Scalar = float | Float[Array, ""]  # a hyper-parameter: a Python float, or traced to be vmapped
+
+
+class Observation(NamedTuple):
+    """What the policy sees and, apart, what only the critic sees (a privileged critic)."""
+
+    policy: Float[Array, "*T obs"]
+    critic: Float[Array, "*T critic_obs"]
+
+
+class Transition(NamedTuple):
+    """Facts of one step; a rollout stacks T of them. What can be recomputed is not stored."""
+
+    obs: PyTree  # [T, ...] o_t, an array or an `Observation`
+    z: PyTree  # [T, ...] internal state before the step, already reset where `first`
+    action: PyTree  # [T, ...] a_t
+    z_next: PyTree  # [T, ...] internal state drawn together with the action
+    reward: Float[Array, "*T"]  # received after the action
+    first: Bool[Array, "*T"]  # o_t opens an episode
+    terminated: Bool[Array, "*T"]  # the episode ended after the action: no value beyond it
+    truncated: Bool[Array, "*T"]  # the clock ran out after the action: bootstrap from final_obs
+    final_obs: PyTree  # [T, ...] true successor of o_t, before any reset
+
+
+class Replay(NamedTuple):
+    """log π(a, z' | o, z) of recorded steps in its two factors, and the entropy of the actions."""
+
+    log_prob_z: Float[Array, "*T"]  # log ω(z' | o, z)
+    log_prob_action: Float[Array, "*T"]  # log μ(a | o, z')
+    entropy: Float[Array, "*T"]  # of μ( . | o, z')
+
+    @property
+    def log_prob(self) -> Float[Array, "*T"]:
+        """log π(a, z' | o, z), the joint."""
+        return self.log_prob_z + self.log_prob_action
+
+
+class Environment(Protocol):
+    """The part of the Gymnax 1.0 contract that rollouts use; auto-reset happens inside `step`."""
+
+    def reset(self, key: PRNGKeyArray, params: Any) -> tuple[PyTree, PyTree]: ...
+
+    def step(
+        self, key: PRNGKeyArray, state: PyTree, action: PyTree, params: Any
+    ) -> tuple[PyTree, PyTree, jax.Array, jax.Array, jax.Array, dict]: ...
+
+
+def policy_view(obs: PyTree) -> Array:
+    """The policy's part of an observation."""
+    return obs.policy if isinstance(obs, Observation) else obs
+
+
+def critic_view(obs: PyTree) -> Array:
+    """The critic's part of an observation."""
+    return obs.critic if isinstance(obs, Observation) else obs
