@@ -106,3 +106,16 @@ def evaluate(
     going = lambda state: ~state[2] & (state[1] < max_steps)
     carry, _, _ = lax.while_loop(going, step, (start, jnp.zeros((), jnp.int32), jnp.array(False)))
     return carry.episode_return
+
+
+def evaluation(
+    kernel: Kernel, env: Environment, env_params: Any, *, num_episodes: int, key: PRNGKeyArray
+) -> dict[str, Float[Array, ""]]:
+    """Mean return over fresh episodes of the sampled policy and of the noise-free one."""
+    keys = jr.split(key, num_episodes)
+    mean = lambda noise: jax.vmap(
+        lambda k: evaluate(
+            kernel, env, env_params, noise=noise, max_steps=env_params.max_steps_in_episode, key=k
+        )
+    )(keys).mean()
+    return {"eval_return": mean(True), "eval_return_noise_free": mean(False)}

@@ -25,6 +25,8 @@ def linear_scan(
     if not dense:
         decay = decay.reshape(decay.shape + (1,) * (u.ndim - decay.ndim))
     apply = _matvec if dense else jnp.multiply
+    dtype = jnp.result_type(decay, u)
+    decay, u = decay.astype(dtype), u.astype(dtype)
     if associative:
         if init is not None:
             edge = -1 if reverse else 0
@@ -37,9 +39,8 @@ def linear_scan(
         x = apply(inputs[0], x) + inputs[1]
         return x, x
 
-    dtype = jnp.result_type(decay, u)
     x = jnp.zeros(u.shape[1:], dtype) if init is None else jnp.asarray(init, dtype)
-    return lax.scan(step, x, (decay, u.astype(dtype)), reverse=reverse)[1]
+    return lax.scan(step, x, (decay, u), reverse=reverse)[1]
 
 
 def split_segments(tree: PyTree, segment_length: int) -> PyTree:
@@ -47,15 +48,23 @@ def split_segments(tree: PyTree, segment_length: int) -> PyTree:
 
     Raises ValueError if `segment_length` does not divide T.
     """
-    num_steps = jax.tree.leaves(tree)[0].shape[0]
+    count = num_segments(jax.tree.leaves(tree)[0].shape[0], segment_length)
+    return jax.tree.map(lambda x: x.reshape(count, segment_length, *x.shape[1:]), tree)
+
+
+def num_segments(num_steps: int, segment_length: int) -> int:
+    """T / L. Raises ValueError, with the lengths that would do, unless L divides T."""
     if segment_length < 1 or num_steps % segment_length:
-        divisors = [n for n in range(1, num_steps + 1) if num_steps % n == 0]
         raise ValueError(
             f"segment_length {segment_length} does not divide num_steps {num_steps}; "
-            f"any of {divisors} would"
+            f"{divisors(num_steps)} would"
         )
-    split = lambda x: x.reshape(-1, segment_length, *x.shape[1:])
-    return jax.tree.map(split, tree)
+    return num_steps // segment_length
+
+
+def divisors(n: int) -> str:
+    """The numbers that divide `n`, as a message to a user lists them."""
+    return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)
 
 
 def _matvec(a: Array, x: Array) -> Array:

@@ -34,3 +34,12 @@ class Critic(eqx.Module):
     def __call__(self, obs: PyTree, z: Float[Array, " n"]) -> Float[Array, ""]:
         obs = self.normalizer(critic_view(obs))
         return self.scale * self.mlp(jnp.concatenate([obs, z]))[0]
+
+    def update(self, obs: Float[Array, "*batch o"], returns: Float[Array, "*batch"]) -> "Critic":
+        """Bring both statistics up to date with what was observed and the returns aimed at."""
+        count = self.count + returns.size
+        mean_square = self.mean_square + (jnp.mean(returns**2) - self.mean_square) * (
+            returns.size / count
+        )
+        where = lambda c: (c.normalizer, c.mean_square, c.count)
+        return eqx.tree_at(where, self, (self.normalizer.update(obs), mean_square, count))

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from spg.distributions import Categorical, Law, Normal
 from spg.kernels.networks import MLP
+from spg.types import Scalar
 
 
 @runtime_checkable
@@ -35,7 +36,7 @@ class NormalHead(eqx.Module):
     mlp: MLP
     log_std: Float[Array, " a"]
 
-    def __init__(self, sizes: list[int], *, std: float, key: PRNGKeyArray):
+    def __init__(self, sizes: list[int], *, std: Scalar, key: PRNGKeyArray):
         self.mlp = MLP(sizes, gain=0.01, key=key)
         self.log_std = jnp.full(sizes[-1], jnp.log(std))
 

@@ -50,7 +50,7 @@ class Normalizer(eqx.Module):
     def __call__(self, x: Float[Array, " n"]) -> Float[Array, " n"]:
         """(x - mean) / std, clipped at ±10."""
         mean, var = lax.stop_gradient((self.mean, self.var))
-        return jnp.clip((x - mean) * lax.rsqrt(var + 1e-8), -10.0, 10.0)
+        return jnp.clip((x - mean) * lax.rsqrt(jnp.maximum(var, 1e-8)), -10.0, 10.0)
 
     def update(self, data: Float[Array, "*batch n"]) -> "Normalizer":
         """Merge the moments of `data` into these, Chan et al. (1979), eq. 2.1."""

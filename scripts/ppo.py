@@ -1,0 +1,223 @@
+"""PPO for stateful policies: PPO-RS of Al-Hafez et al. (2024), algorithm 3, and its baselines.
+
+    python scripts/ppo.py                                    # S2PG on CartPole without velocities
+    python scripts/ppo.py --memory bptt                      # the same by backpropagation through time
+    python scripts/ppo.py --env brax/ant --observe positions --total-steps 2_000_000
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jax import lax
+from jaxtyping import Array, PRNGKeyArray
+
+from spg import training
+from spg.estimators.returns import gae
+from spg.estimators.surrogate import ppo_surrogate
+from spg.kernels.critics import Critic
+from spg.kernels.factory import CellName, MemoryName, make_kernel
+from spg.kernels.kernel import Kernel
+from spg.rollout import Carry, evaluation, reset, rollout
+from spg.scans import divisors, num_segments, split_segments
+from spg.types import Transition, critic_view, policy_view
+
+
+@dataclass(frozen=True)
+class Config(training.EnvConfig, training.RunConfig):
+    memory: MemoryName = "s2pg"
+    """law of the internal state; the oracle has none and sees the full state of the environment"""
+    cell: CellName = "gru"
+    z_size: int = 16
+    """size of the internal state"""
+    state_std: float = 0.2
+    """standard deviation of the noise on z' (s2pg)"""
+    segment_length: int = 0
+    """L, steps through which gradients flow; 0: num_steps for bptt, otherwise 1"""
+    window: int = 5
+    """observations that --memory window keeps"""
+    hidden: tuple[int, ...] = (64,)
+    """widths of the hidden layers of policy head and critic"""
+    action_std: float = 0.5
+    """initial standard deviation of continuous actions, whose range is [-1, 1]"""
+
+    total_steps: int = 2_000_000
+    """environment steps of each seed"""
+    num_envs: int = 64
+    num_steps: int = 128
+    """T, steps of each environment between updates"""
+    num_epochs: int = 4
+    num_minibatches: int = 32
+    learning_rate: float = 1e-3
+    """of Adam; falls linearly to 0"""
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    entropy_coef: float = 0.0
+    max_grad_norm: float = 0.5
+
+    @property
+    def length(self) -> int:
+        return self.segment_length or (self.num_steps if self.memory == "bptt" else 1)
+
+    @property
+    def num_updates(self) -> int:
+        return self.total_steps // (self.num_envs * self.num_steps)
+
+
+class Agent(NamedTuple):
+    kernel: Kernel
+    critic: Critic
+
+
+class State(NamedTuple):
+    agent: Agent
+    opt_state: optax.OptState
+    carry: Carry  # of each environment
+    key: PRNGKeyArray
+
+
+Env = tuple[Any, Any]  # a Gymnax environment and its parameters
+
+
+def optimiser(config: Config) -> optax.GradientTransformation:
+    num_gradients = config.num_updates * config.num_epochs * config.num_minibatches
+    schedule = lambda count: config.learning_rate * (1 - count / num_gradients)
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm), optax.adam(schedule, eps=1e-5)
+    )
+
+
+def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
+    kernel_key, critic_key, env_key, key = jr.split(key, 4)
+    kernel = make_kernel(config, *env, key=kernel_key)
+    obs, _ = jax.eval_shape(env[0].reset, key, env[1])
+    critic_size = critic_view(obs).shape[0]
+    critic = Critic(critic_size, kernel.z0.size, [*config.hidden], key=critic_key)
+    env_keys = jr.split(env_key, config.num_envs)
+    carry = jax.vmap(lambda k: reset(kernel, *env, key=k))(env_keys)
+    agent = Agent(kernel, critic)
+    return State(agent, optimiser(config).init(agent), carry, key)
+
+
+def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array]]:
+    """One update: a rollout of every environment, then epochs of minibatches on it."""
+    key, rollout_key, epoch_key = jr.split(state.key, 3)
+    kernel, critic = state.agent
+    run = partial(rollout, kernel, *env, num_steps=config.num_steps)
+    rollout_keys = jr.split(rollout_key, config.num_envs)
+    carry, traj, episodes = jax.vmap(lambda c, k: run(c, key=k))(state.carry, rollout_keys)
+
+    value = jax.vmap(jax.vmap(critic))(traj.obs, traj.z)
+    next_value = jax.vmap(jax.vmap(critic))(traj.final_obs, traj.z_next)
+    advantage = jax.vmap(partial(gae, gamma=config.gamma, gae_lambda=config.gae_lambda))(
+        traj.reward, value, next_value, traj.terminated, traj.truncated
+    )
+    target = value + advantage
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+
+    split = jax.vmap(partial(split_segments, segment_length=config.length))
+    segments, advantage, targets = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]), split((traj, advantage, target))
+    )
+    old = jax.vmap(kernel.replay)(segments)
+    update = partial(gradient_step, config)
+    num_segments = config.num_envs * config.num_steps // config.length
+
+    def epoch(state, key):
+        order = jr.permutation(key, num_segments).reshape(config.num_minibatches, -1)
+        return lax.scan(
+            lambda s, i: update(s, jax.tree.map(lambda x: x[i], (segments, old, advantage, targets))),
+            state,
+            order,
+        )
+
+    epoch_keys = jr.split(epoch_key, config.num_epochs)
+    (agent, opt_state), metrics = lax.scan(epoch, (state.agent, state.opt_state), epoch_keys)
+    metrics = jax.tree.map(jnp.mean, metrics) | {
+        "return": episodes.return_sum.sum() / episodes.count.sum(),
+        "episode_length": episodes.length_sum.sum() / episodes.count.sum(),
+        "episodes": episodes.count.sum(),
+        "explained_variance": 1 - jnp.var(target - value) / (jnp.var(target) + 1e-8),
+    }
+    return State(observed(agent, traj, target), opt_state, carry, key), metrics
+
+
+def gradient_step(
+    config: Config, state: tuple[Agent, optax.OptState], batch: Any
+) -> tuple[tuple[Agent, optax.OptState], dict[str, Array]]:
+    """Adam on one minibatch of segments."""
+    agent, opt_state = state
+
+    def loss(agent):
+        segments, old, advantage, target = batch
+        new = jax.vmap(agent.kernel.replay)(segments)
+        surrogate = ppo_surrogate(new, old, advantage, clip=config.clip)
+        value = jax.vmap(jax.vmap(agent.critic))(segments.obs, segments.z)
+        value_loss = 0.5 * jnp.mean(((value - target) / agent.critic.scale) ** 2)
+        policy_loss = -jnp.mean(surrogate.objective)
+        entropy = jnp.mean(new.entropy)
+        metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+        metrics |= {k: jnp.mean(v) for k, v in surrogate._asdict().items() if k != "objective"}
+        return policy_loss + value_loss - config.entropy_coef * entropy, metrics
+
+    gradient, metrics = jax.grad(loss, has_aux=True)(agent)
+    updates, opt_state = optimiser(config).update(gradient, opt_state)
+    agent = eqx.apply_updates(agent, updates)
+    return (agent, opt_state), metrics | {"gradient_norm": optax.global_norm(gradient)}
+
+
+def observed(agent: Agent, traj: Transition, target: Array) -> Agent:
+    """The agent with its statistics of observations and returns brought up to date."""
+    kernel = eqx.tree_at(
+        lambda k: k.normalizer,
+        agent.kernel,
+        agent.kernel.normalizer.update(policy_view(traj.obs)),
+    )
+    return Agent(kernel, agent.critic.update(critic_view(traj.obs), target))
+
+
+def make(config: Config) -> training.Algorithm:
+    """What `training.run` takes. Raises ValueError, before anything compiles, for what cannot run."""
+    training.check_positive(
+        config, "num_envs", "num_steps", "num_epochs", "num_minibatches", "z_size", "window"
+    )
+    if config.memory == "s2pg" and config.state_std <= 0:
+        raise ValueError(
+            f"state_std is {config.state_std}; s2pg needs noise on z', 0.1 to 0.3 is usual; "
+            "--memory bptt is the policy without"
+        )
+    segment_count = config.num_envs * num_segments(config.num_steps, config.length)
+    if segment_count % config.num_minibatches:
+        raise ValueError(
+            f"num_minibatches {config.num_minibatches} does not divide the {segment_count} segments "
+            f"of a batch ({config.num_envs} environments x {config.num_steps} steps / "
+            f"{config.length}); {divisors(segment_count)} would"
+        )
+    if config.num_updates < 1:
+        raise ValueError(
+            f"total_steps {config.total_steps} is less than one update of "
+            f"{config.num_envs} x {config.num_steps} steps"
+        )
+    env = training.make_env(config, oracle=config.memory == "oracle")
+    return training.Algorithm(
+        name="ppo",
+        title=f"{config.env}, observing {config.observe}: PPO, {config.memory}",
+        init=partial(init, config, env),
+        step=partial(step, config, env),
+        params=lambda state: state.agent,
+        evaluate=lambda state, key: evaluation(
+            state.agent.kernel, *env, num_episodes=config.eval_episodes, key=key
+        ),
+        num_updates=config.num_updates,
+        steps_per_update=config.num_envs * config.num_steps,
+    )
+
+
+if __name__ == "__main__":
+    training.cli(Config, make)

@@ -1,0 +1,216 @@
+"""The run directory: what a training leaves behind, and its reading back."""
+
+import csv
+import dataclasses
+import json
+import os
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from tensorboardX import SummaryWriter
+
+from spg import plotting
+
+UNSAVED = ("out", "resume")  # fields of a configuration that may differ on resumption
+
+
+class RunError(Exception):
+    """A run cannot start or go on, for a reason that the user can mend."""
+
+
+def open_run(config: Any, name: str) -> Path:
+    """The directory of a run, with its `config.json`: a new one, or on resumption the old one.
+
+    Raises RunError if the directory holds a run already (without `resume`), or if it holds none
+    or one of another configuration (with it).
+    """
+    if config.resume and config.out is None:
+        raise RunError("--resume needs --out, the directory of the run to go on with")
+    out = Path(config.out or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S"))
+    path = out / "config.json"
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in UNSAVED}
+    now = json.loads(json.dumps({"name": name} | fields))
+    if config.resume:
+        if not path.exists():
+            raise RunError(f"--resume: {out} holds no run; without --resume one would start there")
+        then = json.loads(path.read_text())
+        differ = [k for k in {**then, **now} if then.get(k) != now.get(k)]
+        if differ:
+            listed = ", ".join(f"{k} (was {then.get(k)}, now {now.get(k)})" for k in differ)
+            raise RunError(f"--resume: {out} was run with another configuration: {listed}")
+        return out
+    if path.exists():
+        raise RunError(f"{out} holds a run; --resume goes on with it, another --out starts afresh")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists and is not an empty directory; name another one with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(now, indent=2) + "\n")
+    return out
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+class Table:
+    """`metrics.csv`: a row per update and seed, evaluations in the rows of their updates."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        seeds: np.ndarray,
+        metrics: list[str],
+        scores: list[str],
+        steps_per_update: int,
+        keep: int,
+    ):
+        """Opens the file, keeping the rows of the first `keep` updates."""
+        self.path, self.seeds, self.steps_per_update = path, seeds, steps_per_update
+        self.metrics, self.scores = metrics, scores
+        kept: list[list[str]] = []
+        if keep:
+            with path.open(newline="") as file:
+                kept = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= keep]
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w", newline="") as file:
+            csv.writer(file).writerows([self.columns, *kept])
+        os.replace(partial, path)
+
+    @property
+    def columns(self) -> list[str]:
+        return ["update", "seed", "env_steps", *self.metrics, *self.scores]
+
+    def append(
+        self,
+        update: int,
+        metrics: dict[str, Float[np.ndarray, "seeds updates"]],
+        scores: dict[str, Float[np.ndarray, " seeds"]],
+    ) -> None:
+        """Add the rows of the updates up to `update`."""
+        count = metrics[self.metrics[0]].shape[1]
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            for i in range(count):
+                number = update - count + 1 + i
+                for j, seed in enumerate(self.seeds):
+                    values = [metrics[k][j, i] for k in self.metrics]
+                    if i == count - 1 and scores:
+                        values += [scores[k][j] for k in self.scores]
+                    cells = ["" if np.isnan(v) else f"{v:.8g}" for v in values]
+                    cells += [""] * (len(self.columns) - 3 - len(cells))
+                    writer.writerow([number, seed, number * self.steps_per_update, *cells])
+
+
+def read_metrics(out: Path) -> dict[str, Float[np.ndarray, "seeds updates"]]:
+    """The columns of a run's `metrics.csv`; empty cells are nan."""
+    with (out / "metrics.csv").open(newline="") as file:
+        columns, *rows = csv.reader(file)
+    data = np.array([[float(x) if x else np.nan for x in row] for row in rows])
+    num_seeds = len(np.unique(data[:, columns.index("seed")])) if rows else 1
+    return {k: data[:, i].reshape(-1, num_seeds).T for i, k in enumerate(columns)}
+
+
+def write_events(
+    events: SummaryWriter,
+    update: int,
+    metrics: dict[str, Float[np.ndarray, "seeds updates"]],
+    scores: dict[str, Float[np.ndarray, " seeds"]],
+) -> None:
+    """TensorBoard scalars, means over seeds; `update` is the last one of `metrics`."""
+    for name, values in metrics.items():
+        for i, column in enumerate(values.T):
+            if not np.isnan(column).all():
+                events.add_scalar(name, np.nanmean(column), update - values.shape[1] + 1 + i)
+    for name, values in scores.items():
+        events.add_scalar(name, values.mean(), update)
+
+
+def mean_return(
+    data: dict[str, Float[np.ndarray, "seeds updates"]], updates: slice
+) -> Float[np.ndarray, " seeds"]:
+    """Mean return of the episodes that ended in these updates; nan for a seed without any."""
+    episodes, returns = data["episodes"][:, updates], np.nan_to_num(data["return"][:, updates])
+    with np.errstate(invalid="ignore"):
+        return (returns * episodes).sum(1) / episodes.sum(1)
+
+
+def read_curve(out: Path, label: str, *, bins: int = 100) -> plotting.Curve:
+    """The learning curve of a run, its updates gathered in at most `bins` points."""
+    data = read_metrics(out)
+    num_updates = data["update"].shape[1]
+    edges = np.unique(np.linspace(0, num_updates, min(bins, num_updates) + 1).astype(int))
+    steps = data["env_steps"][0, edges[1:] - 1]
+    returns = [mean_return(data, slice(a, b)) for a, b in pairwise(edges)]
+    returns = np.stack(returns, 1).reshape(len(data["seed"]), -1)
+    shown = ~np.isnan(returns).any(0)
+    free = data["eval_return_noise_free"]
+    evaluated = ~np.isnan(free).any(0)
+    return plotting.Curve(
+        label, steps[shown], returns[:, shown], data["env_steps"][0, evaluated], free[:, evaluated]
+    )
+
+
+def summarise(
+    out: Path, *, title: str, seeds: np.ndarray, clock: dict[str, float], env_steps: int
+) -> dict[str, Any]:
+    """Write `summary.json` and `curve.png`, print the table, return the summary.
+
+    The final return is that of the sampled policy over the episodes that ended in the last
+    tenth of training (or, if none did, of its last evaluation); the noise-free one is from the
+    last evaluation.
+    """
+    data = read_metrics(out)
+    num_updates = data["update"].shape[1]
+    evaluated = {k: data[k][:, -1] for k in ("eval_return", "eval_return_noise_free")}
+    final = mean_return(data, slice(num_updates - max(1, num_updates // 10), None))
+    final = np.where(np.isnan(final), evaluated["eval_return"], final)
+    noise_free = evaluated["eval_return_noise_free"]
+    low, high = plotting.interval(final)
+    total = env_steps * len(seeds)
+    summary = {
+        "final_return_mean": float(final.mean()),
+        "final_return_iqm": float(plotting.iqm(final)),
+        "final_return_ci95": [float(low), float(high)],
+        "final_return_noise_free_mean": float(noise_free.mean()),
+        "final_return": final.tolist(),
+        "final_return_noise_free": noise_free.tolist(),
+        "seeds": seeds.tolist(),
+        "env_steps": env_steps,
+        **{k: round(v, 3) for k, v in clock.items()},
+        "steps_per_second": round(total / max(clock["train_seconds"], 1e-9), 1),
+        "devices": [d.device_kind for d in jax.devices()],
+        "jax": jax.__version__,
+    }
+    write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    plotting.learning_curve(out / "curve.png", [read_curve(out, "sampled policy")], title=title)
+    print(_table(out, summary))
+    return summary
+
+
+def _table(out: Path, summary: dict[str, Any]) -> str:
+    rows = [f"{'seed':>8}  {'return':>10}  {'noise-free':>10}"]
+    for seed, sampled, free in zip(
+        summary["seeds"], summary["final_return"], summary["final_return_noise_free"], strict=True
+    ):
+        rows.append(f"{seed:>8}  {sampled:>10.4g}  {free:>10.4g}")
+    mean, free = summary["final_return_mean"], summary["final_return_noise_free_mean"]
+    rows.append(f"{'mean':>8}  {mean:>10.4g}  {free:>10.4g}")
+    low, high = summary["final_return_ci95"]
+    iqm = summary["final_return_iqm"]
+    rows.append(f"{'IQM':>8}  {iqm:>10.4g}  95% interval [{low:.4g}, {high:.4g}] over seeds")
+    rows.append(
+        f"{summary['env_steps']:,} steps per seed, {summary['steps_per_second']:,.0f} steps/s in "
+        f"all; compiled in {summary['compile_seconds']:.1f} s, trained in "
+        f"{summary['train_seconds']:.1f} s"
+    )
+    rows.append(f"curve, metrics and checkpoints: {out}")
+    return "\n".join(rows)
