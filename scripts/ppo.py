@@ -21,31 +21,15 @@ from spg import training
 from spg.estimators.returns import gae
 from spg.estimators.surrogate import ppo_surrogate
 from spg.kernels.critics import Critic
-from spg.kernels.factory import CellName, MemoryName, make_kernel
+from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
 from spg.rollout import Carry, evaluation, reset, rollout
-from spg.scans import divisors, num_segments, split_segments
+from spg.scans import divisors, split_segments
 from spg.types import Transition, critic_view, policy_view
 
 
 @dataclass(frozen=True)
-class Config(training.EnvConfig, training.RunConfig):
-    memory: MemoryName = "s2pg"
-    """law of the internal state; the oracle has none and sees the full state of the environment"""
-    cell: CellName = "gru"
-    z_size: int = 16
-    """size of the internal state"""
-    state_std: float = 0.2
-    """standard deviation of the noise on z' (s2pg)"""
-    segment_length: int = 0
-    """L, steps through which gradients flow; 0: num_steps for bptt, otherwise 1"""
-    window: int = 5
-    """observations that --memory window keeps"""
-    hidden: tuple[int, ...] = (64,)
-    """widths of the hidden layers of policy head and critic"""
-    action_std: float = 0.5
-    """initial standard deviation of continuous actions, whose range is [-1, 1]"""
-
+class Config(training.EnvConfig, PolicyConfig, training.RunConfig):
     total_steps: int = 2_000_000
     """environment steps of each seed"""
     num_envs: int = 64
@@ -60,10 +44,6 @@ class Config(training.EnvConfig, training.RunConfig):
     clip: float = 0.2
     entropy_coef: float = 0.0
     max_grad_norm: float = 0.5
-
-    @property
-    def length(self) -> int:
-        return self.segment_length or (self.num_steps if self.memory == "bptt" else 1)
 
     @property
     def num_updates(self) -> int:
@@ -121,13 +101,14 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
     target = value + advantage
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
-    split = jax.vmap(partial(split_segments, segment_length=config.length))
+    length = config.length(config.num_steps)
+    split = jax.vmap(partial(split_segments, segment_length=length))
+    num_segments = config.num_envs * config.num_steps // length
     segments, advantage, targets = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[2:]), split((traj, advantage, target))
+        lambda x: x.reshape(num_segments, *x.shape[2:]), split((traj, advantage, target))
     )
     old = jax.vmap(kernel.replay)(segments)
     update = partial(gradient_step, config)
-    num_segments = config.num_envs * config.num_steps // config.length
 
     def epoch(state, key):
         order = jr.permutation(key, num_segments).reshape(config.num_minibatches, -1)
@@ -187,17 +168,12 @@ def make(config: Config) -> training.Algorithm:
     training.check_positive(
         config, "num_envs", "num_steps", "num_epochs", "num_minibatches", "z_size", "window"
     )
-    if config.memory == "s2pg" and config.state_std <= 0:
+    count = config.num_envs * config.check(config.num_steps)
+    if count % config.num_minibatches:
         raise ValueError(
-            f"state_std is {config.state_std}; s2pg needs noise on z', 0.1 to 0.3 is usual; "
-            "--memory bptt is the policy without"
-        )
-    segment_count = config.num_envs * num_segments(config.num_steps, config.length)
-    if segment_count % config.num_minibatches:
-        raise ValueError(
-            f"num_minibatches {config.num_minibatches} does not divide the {segment_count} segments "
-            f"of a batch ({config.num_envs} environments x {config.num_steps} steps / "
-            f"{config.length}); {divisors(segment_count)} would"
+            f"num_minibatches {config.num_minibatches} does not divide the {count} segments of a "
+            f"batch ({config.num_envs} environments x {config.num_steps} steps, in segments of "
+            f"{config.length(config.num_steps)}); {divisors(count)} would"
         )
     if config.num_updates < 1:
         raise ValueError(

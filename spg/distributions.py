@@ -6,7 +6,7 @@ far as the law lets them. Every law is of one value; callers `vmap`.
 """
 
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -19,6 +19,7 @@ _LOG_2PI = math.log(2 * math.pi)
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
 
 
+@runtime_checkable
 class Law(Protocol):
     def sample(self, *, key: PRNGKeyArray) -> Array: ...
     def mode(self) -> Array: ...
@@ -120,7 +121,7 @@ class Categorical(eqx.Module):
     def entropy(self) -> Float[Array, ""]:
         log_p = jax.nn.log_softmax(self.logits)
         p = jnp.exp(log_p)
-        return -jnp.sum(jnp.where(p > 0, p * log_p, 0.0))
+        return -jnp.sum(p * jnp.where(p > 0, log_p, 0.0))  # 0 log 0 := 0, its gradient too
 
     def replay(self, x: Int[Array, ""]) -> Int[Array, ""]:
         return x

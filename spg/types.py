@@ -1,6 +1,6 @@
 """The data that every part of the library exchanges."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
@@ -42,6 +42,7 @@ class Replay(NamedTuple):
         return self.log_prob_z + self.log_prob_action
 
 
+@runtime_checkable
 class Environment(Protocol):
     """The part of the Gymnax 1.0 contract that rollouts use; auto-reset happens inside `step`."""
 

@@ -1,43 +1,56 @@
 """From the words of a command line to a kernel: a word sets the cell, its noise, and L."""
 
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from gymnax.environments import spaces
 from jaxtyping import PRNGKeyArray
 
 from spg.kernels.cells import GRU, Computed, Empty, Linear, Location, Noisy, Window
 from spg.kernels.heads import CategoricalHead, NormalHead
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Normalizer
-from spg.types import Scalar, policy_view
+from spg.scans import num_segments
+from spg.types import policy_view
 
-MemoryName = Literal["s2pg", "bptt", "window", "none", "oracle"]
-CellName = Literal["gru", "linear"]
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The policy, as the scripts offer it."""
+
+    memory: Literal["s2pg", "bptt", "window", "none", "oracle"] = "s2pg"
+    """law of z': drawn, computed, a window; none and oracle have no memory, the oracle sees all"""
+    cell: Literal["gru", "linear"] = "gru"
+    """where z' lies (s2pg, bptt)"""
+    z_size: int = 16
+    """size of the internal state (s2pg, bptt)"""
+    state_std: float = 0.2
+    """standard deviation of the noise on z' (s2pg)"""
+    segment_length: int = 0
+    """L, steps through which gradients flow; 0: the whole rollout for bptt, otherwise 1"""
+    window: int = 5
+    """observations that --memory window keeps"""
+    hidden: tuple[int, ...] = (64,)
+    """widths of the hidden layers of policy head and critic"""
+    action_std: float = 0.5
+    """initial standard deviation of continuous actions, whose range is [-1, 1]"""
+
+    def length(self, num_steps: int) -> int:
+        """L for a rollout of `num_steps`."""
+        return self.segment_length or (num_steps if self.memory == "bptt" else 1)
+
+    def check(self, num_steps: int) -> int:
+        """The number of segments of a rollout. Raises ValueError for what cannot run."""
+        if self.memory == "s2pg" and self.state_std <= 0:
+            raise ValueError(
+                f"state_std is {self.state_std}; s2pg needs noise on z', 0.1 to 0.3 is usual; "
+                "--memory bptt is the policy without"
+            )
+        return num_segments(num_steps, self.length(num_steps))
 
 
-class MemoryConfig(Protocol):
-    """The fields of a script's configuration that describe the policy."""
-
-    @property
-    def memory(self) -> MemoryName: ...
-    @property
-    def cell(self) -> CellName: ...
-    @property
-    def z_size(self) -> int: ...
-    @property
-    def state_std(self) -> Scalar: ...
-    @property
-    def window(self) -> int: ...
-    @property
-    def hidden(self) -> tuple[int, ...]: ...
-    @property
-    def action_std(self) -> Scalar: ...
-
-
-def make_kernel(config: MemoryConfig, env: Any, env_params: Any, *, key: PRNGKeyArray) -> Kernel:
+def make_kernel(config: PolicyConfig, env: Any, env_params: Any, *, key: PRNGKeyArray) -> Kernel:
     """The kernel that `config` names, sized for a Gymnax environment.
 
     s2pg draws z' ~ N(cell(o, z), state_std²); bptt computes z' = cell(o, z); window keeps the
@@ -45,6 +58,8 @@ def make_kernel(config: MemoryConfig, env: Any, env_params: Any, *, key: PRNGKey
     the full state). Raises ValueError for an action space that is neither Discrete nor a Box of
     one axis.
     """
+    from gymnax.environments import spaces  # here: importing gymnax starts JAX's backend
+
     cell_key, head_key = jr.split(key)
     obs, _ = jax.eval_shape(env.reset, key, env_params)
     obs_size = policy_view(obs).shape[0]

@@ -1,0 +1,123 @@
+"""REINFORCE and GPOMDP for stateful policies, with variance-optimal baselines.
+
+REINFORCE-RS and GPOMDP-RS of Al-Hafez et al. (2024): the score of the joint law of actions and
+internal states, so that nothing is propagated back through time.
+
+    python scripts/reinforce.py                                   # S2PG-GPOMDP on MemoryChain
+    python scripts/reinforce.py --estimator reinforce --memory bptt
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jaxtyping import Array, PRNGKeyArray
+
+from spg import training
+from spg.estimators.score import gpomdp, reinforce, score_estimate
+from spg.kernels.factory import PolicyConfig, make_kernel
+from spg.kernels.kernel import Kernel
+from spg.rollout import evaluation, reset, rollout
+from spg.types import policy_view
+
+
+@dataclass(frozen=True)
+class Config(training.EnvConfig, PolicyConfig, training.RunConfig):
+    env: str = "MemoryChain-bsuite"
+    observe: Literal["all", "positions", "velocities", "state"] = "all"
+    estimator: Literal["reinforce", "gpomdp"] = "gpomdp"
+    """each action is credited with the whole return, or with what follows it"""
+    total_steps: int = 500_000
+    """environment steps of each seed"""
+    num_envs: int = 64
+    """episodes of one gradient"""
+    num_steps: int = 6
+    """T, the horizon: episodes are cut there"""
+    learning_rate: float = 1e-2
+    """of Adam; falls linearly to 0"""
+    gamma: float = 1.0
+
+    @property
+    def num_updates(self) -> int:
+        return self.total_steps // (self.num_envs * self.num_steps)
+
+
+class State(NamedTuple):
+    kernel: Kernel
+    opt_state: optax.OptState
+    key: PRNGKeyArray
+
+
+Env = tuple[Any, Any]  # a Gymnax environment and its parameters
+
+
+def optimiser(config: Config) -> optax.GradientTransformation:
+    return optax.adam(lambda count: config.learning_rate * (1 - count / config.num_updates))
+
+
+def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
+    kernel_key, key = jr.split(key)
+    kernel = make_kernel(config, *env, key=kernel_key)
+    return State(kernel, optimiser(config).init(kernel), key)
+
+
+def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array]]:
+    """One update: fresh episodes, one gradient."""
+    key, reset_key, rollout_key = jr.split(state.key, 3)
+    kernel = state.kernel
+    start = jax.vmap(lambda k: reset(kernel, *env, key=k))(jr.split(reset_key, config.num_envs))
+    run = partial(rollout, kernel, *env, num_steps=config.num_steps)
+    rollout_keys = jr.split(rollout_key, config.num_envs)
+    _, trajs, _ = jax.vmap(lambda c, k: run(c, key=k))(start, rollout_keys)
+
+    ended = jnp.cumsum(trajs.terminated | trajs.truncated, 1)
+    alive = jnp.pad(ended[:, :-1], ((0, 0), (1, 0))) == 0  # up to the first end, included
+    reward = trajs.reward * alive
+    discounted = reward * config.gamma ** jnp.arange(config.num_steps)
+    length = config.length(config.num_steps)
+    if config.estimator == "reinforce":
+        score = jax.vmap(partial(score_estimate, kernel, segment_length=length))(trajs, alive * 1.0)
+        ascent = reinforce(score, discounted.sum(1))
+    else:
+        ascent = gpomdp(kernel, trajs, discounted, alive * 1.0, segment_length=length)
+
+    descent = jax.tree.map(jnp.negative, ascent)
+    updates, opt_state = optimiser(config).update(descent, state.opt_state)
+    kernel = eqx.apply_updates(kernel, updates)
+    observed = kernel.normalizer.update(policy_view(trajs.obs))
+    kernel = eqx.tree_at(lambda k: k.normalizer, kernel, observed)
+    metrics = {
+        "return": reward.sum(1).mean(),
+        "episode_length": alive.sum(1).mean(),
+        "episodes": jnp.float32(config.num_envs),
+        "gradient_norm": optax.global_norm(descent),
+    }
+    return State(kernel, opt_state, key), metrics
+
+
+def make(config: Config) -> training.Algorithm:
+    """What `training.run` takes. Raises ValueError, before anything compiles, for what cannot run."""
+    training.check_positive(config, "num_envs", "num_steps", "z_size", "window", "num_updates")
+    config.check(config.num_steps)
+    env = training.make_env(config, oracle=config.memory == "oracle")
+    return training.Algorithm(
+        name="reinforce",
+        title=f"{config.env}, observing {config.observe}: {config.estimator}, {config.memory}",
+        init=partial(init, config, env),
+        step=partial(step, config, env),
+        params=lambda state: state.kernel,
+        evaluate=lambda state, key: evaluation(
+            state.kernel, *env, num_episodes=config.eval_episodes, key=key
+        ),
+        num_updates=config.num_updates,
+        steps_per_update=config.num_envs * config.num_steps,
+    )
+
+
+if __name__ == "__main__":
+    training.cli(Config, make)
