@@ -20,7 +20,7 @@ def interval(
 ) -> tuple[Float[np.ndarray, "*points"], Float[np.ndarray, "*points"]]:
     """Percentile bootstrap interval of the interquartile mean, over seeds; a point for one seed."""
     if x.shape[0] == 1:
-        return x[0], x[0]
+        return np.asarray(x[0]), np.asarray(x[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a degenerate sample, where the interval is a point
         result = stats.bootstrap(
@@ -32,7 +32,8 @@ def interval(
             method="percentile",
             rng=np.random.default_rng(0),
         )
-    return result.confidence_interval.low, result.confidence_interval.high
+    low, high = result.confidence_interval
+    return np.asarray(low), np.asarray(high)
 
 
 class Curve(NamedTuple):

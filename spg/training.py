@@ -250,18 +250,20 @@ def _restore(checkpoints: ocp.CheckpointManager, state: PyTree) -> tuple[int, Py
     saved = checkpoints.restore(update, args=ocp.args.StandardRestore(like))
 
     def restore(i, leaf):
-        leaf_saved = saved.get(f"{i:04d}", leaf)
-        return jr.wrap_key_data(leaf_saved, impl=jr.key_impl(leaf)) if _is_key(leaf) else leaf_saved
+        value = saved.get(f"{i:04d}", leaf)
+        if _is_key(leaf):
+            value = jr.wrap_key_data(value, impl=jr.key_impl(leaf))
+        return jax.device_put(value, leaf.sharding)
 
     leaves, structure = jax.tree.flatten(state)
-    restored = [restore(i, leaf) for i, leaf in enumerate(leaves)]
-    return update, jax.tree.unflatten(structure, restored), float(saved["seconds"])
+    leaves = [restore(i, leaf) for i, leaf in enumerate(leaves)]
+    return update, jax.tree.unflatten(structure, leaves), float(saved["seconds"])
 
 
-def _named_leaves(state: PyTree) -> dict[str, Any]:
-    """What Orbax can write: no empty arrays, no typed keys."""
-    raw = [jr.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(state)]
-    return {f"{i:04d}": x for i, x in enumerate(raw) if x.size}
+def _named_leaves(state: PyTree) -> dict[str, np.ndarray]:
+    """What Orbax can write and any number of devices can read: no empty arrays, no typed keys."""
+    leaves = [jr.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(state)]
+    return {f"{i:04d}": np.asarray(x) for i, x in enumerate(leaves) if x.size}
 
 
 def _is_key(x: jax.Array) -> bool:
