@@ -1,8 +1,8 @@
 """PPO for stateful policies: PPO-RS of Al-Hafez et al. (2024), algorithm 3, and its baselines.
 
-    python scripts/ppo.py                                    # S2PG on CartPole without velocities
-    python scripts/ppo.py --memory bptt                      # the same by backpropagation through time
-    python scripts/ppo.py --env brax/ant --observe positions --total-steps 2_000_000
+python scripts/ppo.py                    # S2PG on CartPole without velocities
+python scripts/ppo.py --memory bptt      # the same, by backpropagation through time
+python scripts/ppo.py --env brax/ant --observe positions --total-steps 2_000_000
 """
 
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
     env_keys = jr.split(env_key, config.num_envs)
     carry = jax.vmap(lambda k: reset(kernel, *env, key=k))(env_keys)
     agent = Agent(kernel, critic)
-    return State(agent, optimiser(config).init(agent), carry, key)
+    return State(agent, optimiser(config).init(eqx.filter(agent, eqx.is_array)), carry, key)
 
 
 def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array]]:
@@ -110,13 +110,11 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
     old = jax.vmap(kernel.replay)(segments)
     update = partial(gradient_step, config)
 
+    batch = (segments, old, advantage, targets)
+
     def epoch(state, key):
         order = jr.permutation(key, num_segments).reshape(config.num_minibatches, -1)
-        return lax.scan(
-            lambda s, i: update(s, jax.tree.map(lambda x: x[i], (segments, old, advantage, targets))),
-            state,
-            order,
-        )
+        return lax.scan(lambda s, i: update(s, jax.tree.map(lambda x: x[i], batch)), state, order)
 
     epoch_keys = jr.split(epoch_key, config.num_epochs)
     (agent, opt_state), metrics = lax.scan(epoch, (state.agent, state.opt_state), epoch_keys)
@@ -164,7 +162,7 @@ def observed(agent: Agent, traj: Transition, target: Array) -> Agent:
 
 
 def make(config: Config) -> training.Algorithm:
-    """What `training.run` takes. Raises ValueError, before anything compiles, for what cannot run."""
+    """What `training.run` takes. Raises ValueError for what cannot run."""
     training.check_positive(
         config, "num_envs", "num_steps", "num_epochs", "num_minibatches", "z_size", "window"
     )

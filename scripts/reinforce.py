@@ -3,8 +3,8 @@
 REINFORCE-RS and GPOMDP-RS of Al-Hafez et al. (2024): the score of the joint law of actions and
 internal states, so that nothing is propagated back through time.
 
-    python scripts/reinforce.py                                   # S2PG-GPOMDP on MemoryChain
-    python scripts/reinforce.py --estimator reinforce --memory bptt
+    python scripts/reinforce.py                      # S2PG-REINFORCE on MemoryChain
+    python scripts/reinforce.py --estimator gpomdp --memory bptt
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from spg.types import policy_view
 class Config(training.EnvConfig, PolicyConfig, training.RunConfig):
     env: str = "MemoryChain-bsuite"
     observe: Literal["all", "positions", "velocities", "state"] = "all"
-    estimator: Literal["reinforce", "gpomdp"] = "gpomdp"
+    estimator: Literal["reinforce", "gpomdp"] = "reinforce"
     """each action is credited with the whole return, or with what follows it"""
     total_steps: int = 500_000
     """environment steps of each seed"""
@@ -63,7 +63,7 @@ def optimiser(config: Config) -> optax.GradientTransformation:
 def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
     kernel_key, key = jr.split(key)
     kernel = make_kernel(config, *env, key=kernel_key)
-    return State(kernel, optimiser(config).init(kernel), key)
+    return State(kernel, optimiser(config).init(eqx.filter(kernel, eqx.is_array)), key)
 
 
 def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array]]:
@@ -101,7 +101,7 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
 
 
 def make(config: Config) -> training.Algorithm:
-    """What `training.run` takes. Raises ValueError, before anything compiles, for what cannot run."""
+    """What `training.run` takes. Raises ValueError for what cannot run."""
     training.check_positive(config, "num_envs", "num_steps", "z_size", "window", "num_updates")
     config.check(config.num_steps)
     env = training.make_env(config, oracle=config.memory == "oracle")

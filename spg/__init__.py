@@ -1,0 +1,57 @@
+"""Policy gradients for stateful policies in partially observable environments.
+
+`spg.envs` is apart, because importing Gymnax starts JAX's backend.
+"""
+
+from spg.distributions import Categorical, Delta, Normal, TanhNormal
+from spg.estimators.returns import gae, returns_to_go
+from spg.estimators.score import gpomdp, reinforce, score_estimate
+from spg.estimators.surrogate import Surrogate, ppo_surrogate
+from spg.kernels.cells import GRU, Computed, Empty, Linear, Noisy, Window
+from spg.kernels.critics import Critic
+from spg.kernels.factory import PolicyConfig, make_kernel
+from spg.kernels.heads import CategoricalHead, NormalHead
+from spg.kernels.kernel import Kernel
+from spg.kernels.networks import MLP, Normalizer
+from spg.rollout import Carry, Episodes, evaluate, evaluation, reset, rollout
+from spg.scans import linear_scan, split_segments
+from spg.types import Observation, Replay, Transition
+
+__all__ = [
+    "GRU",
+    "MLP",
+    "Carry",
+    "Categorical",
+    "CategoricalHead",
+    "Computed",
+    "Critic",
+    "Delta",
+    "Empty",
+    "Episodes",
+    "Kernel",
+    "Linear",
+    "Noisy",
+    "Normal",
+    "NormalHead",
+    "Normalizer",
+    "Observation",
+    "PolicyConfig",
+    "Replay",
+    "Surrogate",
+    "TanhNormal",
+    "Transition",
+    "Window",
+    "evaluate",
+    "evaluation",
+    "gae",
+    "gpomdp",
+    "linear_scan",
+    "make_kernel",
+    "ppo_surrogate",
+    "reinforce",
+    "reset",
+    "returns_to_go",
+    "rollout",
+    "score_estimate",
+    "split_segments",
+]

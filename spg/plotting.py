@@ -54,12 +54,16 @@ def learning_curve(path: Path, curves: list[Curve], *, title: str) -> None:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     for i, curve in enumerate(curves):
-        style = {"color": f"C{i}"}
+        color = f"C{i}"
         name = f"{curve.label} ({len(curve.noise_free)} seeds)"
-        axes.plot(curve.steps, iqm(curve.returns), label=name, **style)
-        axes.fill_between(curve.steps, *interval(curve.returns), alpha=0.2, linewidth=0, **style)
+        axes.plot(curve.steps, iqm(curve.returns), label=name, color=color)
+        axes.fill_between(
+            curve.steps, *interval(curve.returns), alpha=0.2, linewidth=0, color=color
+        )
         label = f"{curve.label}, noise-free"
-        axes.plot(curve.eval_steps, iqm(curve.noise_free), "--", alpha=0.7, label=label, **style)
+        axes.plot(
+            curve.eval_steps, iqm(curve.noise_free), "--", alpha=0.7, label=label, color=color
+        )
     axes.set(xlabel="environment steps per seed", ylabel="return (IQM, 95 % interval)", title=title)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)

@@ -1,5 +1,6 @@
 """Kernels in environments: rollouts of one trajectory, and evaluation over whole episodes."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -76,8 +77,8 @@ def evaluate(
     env: Environment,
     env_params: Any,
     *,
-    noise: bool,
-    max_steps: int,
+    noise: Bool[Array, ""],
+    max_steps: int | Int[Array, ""],
     key: PRNGKeyArray,
 ) -> Float[Array, ""]:
     """Undiscounted return of one fresh episode, cut after `max_steps`.
@@ -92,14 +93,13 @@ def evaluate(
         carry, t, _ = state
         policy_key, env_key = jr.split(jr.fold_in(key, t))
         z = kernel.reset(carry.first, carry.z)
-        action, z_next = (
-            kernel.sample(carry.obs, z, key=policy_key) if noise else kernel.mode(carry.obs, z)
-        )
+        sampled, mode = kernel.sample(carry.obs, z, key=policy_key), kernel.mode(carry.obs, z)
+        action, z_next = jax.tree.map(lambda s, m: jnp.where(noise, s, m), sampled, mode)
         obs, env_state, reward, terminated, truncated, _ = env.step(
             env_key, carry.env_state, action, env_params
         )
-        first = jnp.array(False)
         episode_return = carry.episode_return + reward
+        first = jnp.array(False)
         carry = Carry(env_state, obs, z_next, first, episode_return, carry.episode_length)
         return carry, t + 1, terminated | truncated
 
@@ -112,10 +112,10 @@ def evaluation(
     kernel: Kernel, env: Environment, env_params: Any, *, num_episodes: int, key: PRNGKeyArray
 ) -> dict[str, Float[Array, ""]]:
     """Mean return over fresh episodes of the sampled policy and of the noise-free one."""
-    keys = jr.split(key, num_episodes)
-    mean = lambda noise: jax.vmap(
-        lambda k: evaluate(
-            kernel, env, env_params, noise=noise, max_steps=env_params.max_steps_in_episode, key=k
-        )
-    )(keys).mean()
-    return {"eval_return": mean(True), "eval_return_noise_free": mean(False)}
+    keys = jr.split(key, 2 * num_episodes)
+    noise = jnp.arange(2 * num_episodes) < num_episodes
+    max_steps = env_params.max_steps_in_episode
+    run = partial(evaluate, kernel, env, env_params, max_steps=max_steps)
+    returns = jax.vmap(lambda noise, key: run(noise=noise, key=key))(noise, keys)
+    sampled, noise_free = returns.reshape(2, num_episodes).mean(1)
+    return {"eval_return": sampled, "eval_return_noise_free": noise_free}

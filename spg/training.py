@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -103,22 +103,32 @@ C = TypeVar("C", bound=RunConfig)
 
 
 def cli(config_type: type[C], make: Callable[[C], Algorithm]) -> None:
-    """Parse the command line, train, and end with status 2 and one line where the user erred.
-
-    On a CPU the cores become devices, over which the seeds are sharded: a core each is faster
-    than all cores on each small operation.
-    """
+    """Parse the command line, train, and end with status 2 and one line where the user erred."""
     config = tyro.cli(config_type)
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", _divisor(config.num_seeds, os.cpu_count() or 1))
+    use_cores(config.num_seeds)
     try:
         algorithm = make(config)
     except ValueError as error:
-        _fail(error)
+        fail(error)
     try:
         run(config, algorithm)
     except RunError as error:
-        _fail(error)
+        fail(error)
+
+
+def use_cores(num_seeds: int) -> None:
+    """Make the cores of a CPU devices, over which the seeds are sharded; call before JAX starts.
+
+    A core for each seed is faster than all cores on each small operation.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", _divisor(num_seeds, os.cpu_count() or 1))
+
+
+def fail(error: Exception) -> NoReturn:
+    """End the process with one line and status 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def run(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
@@ -136,9 +146,7 @@ def run(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
     num_devices = _divisor(config.num_seeds, jax.device_count())
     mesh = jax.make_mesh((num_devices,), ("seed",), devices=jax.devices()[:num_devices])
     sharding = NamedSharding(mesh, PartitionSpec("seed"))
-    over_seeds = partial(
-        jax.shard_map, mesh=mesh, out_specs=PartitionSpec("seed"), check_vma=False
-    )
+    over_seeds = partial(jax.shard_map, mesh=mesh, out_specs=PartitionSpec("seed"), check_vma=False)
 
     per_slice = max(1, math.ceil(algorithm.num_updates / (config.checkpoints * SLICES)))
     began = time.perf_counter()
@@ -273,11 +281,6 @@ def _is_key(x: jax.Array) -> bool:
 def _divisor(n: int, limit: int) -> int:
     """The largest divisor of n up to `limit`."""
     return max(i for i in range(1, limit + 1) if n % i == 0)
-
-
-def _fail(error: Exception) -> None:
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def check_positive(config: Any, *names: str) -> None:

@@ -68,8 +68,8 @@ def gpomdp(
     never stored: memory is that of one segment's scores, N · L parameter vectors. For a kernel
     that computes z', segments are truncated BPTT, as in `score_estimate`.
     """
-    time_first = lambda x: jnp.moveaxis(jax.vmap(lambda y: split_segments(y, segment_length))(x), 1, 0)
-    segments, reward, alive = jax.tree.map(time_first, (trajs, reward, alive))
+    split = jax.vmap(lambda x: split_segments(x, segment_length), out_axes=1)  # time first
+    segments, reward, alive = split((trajs, reward, alive))
     scores = jax.vmap(eqx.filter_jacrev(lambda k, s: k.replay(s).log_prob), (None, 0))
 
     def step(carry, inputs):

@@ -15,6 +15,7 @@ from spg.kernels.networks import Normalizer
 from spg.scans import num_segments
 from spg.types import policy_view
 
+
 @dataclass(frozen=True)
 class PolicyConfig:
     """The policy, as the scripts offer it."""

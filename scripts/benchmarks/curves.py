@@ -1,0 +1,132 @@
+"""The README's learning results: every kind of memory on one task, one picture and one table.
+
+    python scripts/benchmarks/curves.py --task cartpole
+
+Each training is a run of its own under --out, as `scripts/ppo.py` would leave it; one that is
+complete is not run again, one that was cut short is resumed.
+"""
+
+import csv
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import ppo
+import tyro
+
+from spg import plotting, records, training
+
+Task = Literal[
+    "cartpole", "memorychain", "tmaze10", "tmaze50", "recall10", "recall50",
+    "pendulum", "halfcheetah", "ant",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    task: Task = "cartpole"
+    num_seeds: int = 8
+    seed: int = 0
+    out: str | None = None
+    """by default runs/curves-<task>"""
+    methods: tuple[str, ...] = ()
+    """which of the task's methods; by default all"""
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "S2PG": {"memory": "s2pg"},
+    "BPTT": {"memory": "bptt"},
+    "S2PG linear": {"memory": "s2pg", "cell": "linear"},
+    "BPTT linear": {"memory": "bptt", "cell": "linear"},
+    "window-5": {"memory": "window", "window": 5},
+    "none": {"memory": "none"},
+    "oracle": {"memory": "oracle"},
+}
+
+
+def task(name: Task) -> tuple[ppo.Config, list[str]]:
+    """The configuration that all methods share, and the methods to compare."""
+    default = ppo.Config()
+    recall = replace(default, observe="all", gae_lambda=1.0, entropy_coef=0.01)
+    brax = replace(
+        default, num_steps=32, hidden=(64, 64), z_size=32, checkpoints=10, eval_episodes=8
+    )
+    delay = float(name[-2:]) if name[-1] == "0" else 0.0
+    return {
+        "cartpole": (default, list(METHODS)),
+        "memorychain": (
+            replace(recall, env="MemoryChain-bsuite", total_steps=500_000),
+            list(METHODS),
+        ),
+        "tmaze": (
+            replace(recall, env="TMaze-memory", env_params={"length": delay}),
+            [*list(METHODS)[:4], "none"],
+        ),
+        "recall": (
+            replace(recall, env="RepeatFirst-memory", env_params={"delay": delay}),
+            [*list(METHODS)[:4], "none"],
+        ),
+        "pendulum": (
+            replace(default, env="Pendulum-v1", gamma=0.95, checkpoints=10),
+            ["S2PG", "BPTT", "none", "oracle"],
+        ),
+        "halfcheetah": (replace(brax, env="brax/halfcheetah"), ["S2PG", "none", "oracle"]),
+        "ant": (replace(brax, env="brax/ant"), ["S2PG", "none", "oracle"]),
+    }[name.rstrip("0123456789")]
+
+
+def train(config: ppo.Config, out: Path) -> dict[str, Any]:
+    """The summary of a run, from its directory if it is complete."""
+    if (out / "summary.json").exists():
+        return json.loads((out / "summary.json").read_text())
+    config = replace(config, out=str(out), resume=(out / "config.json").exists())
+    print(f"\n{config.env}, {out.name}")
+    return training.run(config, ppo.make(config))
+
+
+def main(config: Config) -> None:
+    shared, names = task(config.task)
+    unknown = [m for m in config.methods if m not in METHODS]
+    if unknown:
+        raise ValueError(f"unknown methods {unknown}; choose from {', '.join(METHODS)}")
+    out = Path(config.out or f"runs/curves-{config.task}")
+    shared = replace(shared, num_seeds=config.num_seeds, seed=config.seed)
+    rows, curves = [], []
+    for name in config.methods or names:
+        directory = out / name.replace(" ", "-")
+        summary = train(replace(shared, **METHODS[name]), directory)
+        curves.append(records.read_curve(directory, name))
+        low, high = summary["final_return_ci95"]
+        rows.append(
+            {
+                "method": name,
+                "seeds": config.num_seeds,
+                "env_steps": summary["env_steps"],
+                "return": f"{summary['final_return_mean']:.4g}",
+                "iqm": f"{summary['final_return_iqm']:.4g}",
+                "ci95": f"{low:.4g} to {high:.4g}",
+                "noise_free": f"{summary['final_return_noise_free_mean']:.4g}",
+                "steps_per_second": f"{summary['steps_per_second']:.0f}",
+            }
+        )
+    plotting.learning_curve(out / "curves.png", curves, title=f"{shared.env}, {config.task}")
+    with (out / "curves.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print()
+    for row in [{k: k for k in rows[0]}, *rows]:
+        print("  ".join(f"{value!s:<16}" for value in row.values()))
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Config)
+    training.use_cores(arguments.num_seeds)
+    try:
+        main(arguments)
+    except (ValueError, records.RunError) as error:
+        training.fail(error)

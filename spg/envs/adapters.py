@@ -1,0 +1,148 @@
+"""`Adapter`: what the policy and the critic see of an environment, and how they act in it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from gymnax.environments import spaces
+from gymnax.environments.environment import Environment
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
+
+from spg.types import Observation
+
+View = Callable[[Array, PyTree], Array]  # (flat own observation, environment state) -> what is seen
+
+
+class AdapterState(NamedTuple):
+    env: PyTree  # the inner environment's state
+    previous_action: Float[Array, " A"]  # one-hot or in [-1, 1]; zeros when an episode opens
+
+
+class Adapter(Environment):
+    """Flat float32 observations and actions in [-1, 1]; a Gymnax environment around another.
+
+    Only `step_env` and `reset_env` are wrapped: the single auto-reset and the final observation are
+    those of Gymnax's own `step`. States keep one set of dtypes, so that they can be carried by a
+    scan in 64-bit mode too. (There Freeway, DiscountingChain, MetaMaze and GaussianBandit of Gymnax
+    1.0.1 cannot run: they mix 32 and 64 bits within their own transition.)
+    """
+
+    def __init__(
+        self,
+        env: Environment,
+        env_params: Any,
+        *,
+        policy: View,
+        critic: View | None = None,
+        previous_action: bool = False,
+    ):
+        self._env, self._params = env, env_params
+        self._policy, self._critic, self._previous_action = policy, critic, previous_action
+        self._discrete_obs = isinstance(env.observation_space(env_params), spaces.Discrete)
+        key = jr.key(0)
+        space = env.action_space(env_params)
+        if (
+            not isinstance(space, spaces.Discrete)
+            and not np.isfinite([space.low, space.high]).all()
+        ):
+            raise ValueError(f"the actions of {env.name} are unbounded: {space}")
+        action = space.sample(key)
+        state = jax.eval_shape(lambda: env.reset_env(key, env_params)[1])
+        step = lambda s: env.step_env(key, s, action, env_params)[1]
+        self._dtypes = jax.tree.map(lambda x: x.dtype, jax.eval_shape(step, state))
+        obs = jax.eval_shape(lambda: self.reset_env(key, env_params)[0])
+        self._obs_sizes = tuple(x.shape[0] for x in jax.tree.leaves(obs))
+
+    @property
+    def default_params(self) -> Any:
+        return self._params
+
+    def reset_env(self, key: PRNGKeyArray, params: Any) -> tuple[PyTree, AdapterState]:
+        obs, env_state = self._env.reset_env(key, params)
+        size = self._env.num_actions
+        state = AdapterState(self._cast(env_state), jnp.zeros(size, jnp.float32))
+        return self._see(obs, state, params), state
+
+    def step_env(
+        self, key: PRNGKeyArray, state: AdapterState, action: ArrayLike, params: Any
+    ) -> tuple[PyTree, AdapterState, Array, Array, dict]:
+        inner, vector = self._convert(action, params)
+        obs, env_state, reward, terminated, info = self._env.step_env(key, state.env, inner, params)
+        state = AdapterState(self._cast(env_state), vector)
+        obs = self._see(obs, state, params)
+        return obs, state, jnp.asarray(reward, jnp.float32), jnp.asarray(terminated, bool), info
+
+    def observe(self, key: PRNGKeyArray, state: AdapterState, action: Any, params: Any) -> PyTree:
+        """The observation of a state. (MemoryChain's `step` gives that of the state before.)"""
+        return self._see(self._env.observe(key, state.env, action, params), state, params)
+
+    def is_truncated(self, state: AdapterState, params: Any) -> Array:
+        return jnp.asarray(self._env.is_truncated(state.env, params), bool)
+
+    def is_terminated(self, state: AdapterState, params: Any) -> Array:
+        return jnp.asarray(self._env.is_terminated(state.env, params), bool)
+
+    @property
+    def name(self) -> str:
+        return self._env.name
+
+    @property
+    def num_actions(self) -> int:
+        return self._env.num_actions
+
+    def action_space(self, params: Any = None) -> spaces.Discrete | spaces.Box:
+        """Discrete, or [-1, 1]^A whatever the environment's own bounds are."""
+        space = self._env.action_space(self._params if params is None else params)
+        if isinstance(space, spaces.Discrete):
+            return space
+        return spaces.Box(-1.0, 1.0, (self.num_actions,), jnp.float32)
+
+    def observation_space(self, params: Any = None) -> spaces.Box:
+        """What the policy sees; `critic_size` is for the critic."""
+        return spaces.Box(-jnp.inf, jnp.inf, (self._obs_sizes[0],), jnp.float32)
+
+    def critic_size(self, params: Any = None) -> int:
+        """Size of what the critic sees, which is what the policy sees unless `privileged`."""
+        return self._obs_sizes[-1]
+
+    def _convert(self, action: ArrayLike, params: Any) -> tuple[Array, Float[Array, " A"]]:
+        """The action as the environment takes it, and as a vector."""
+        space = self._env.action_space(params)
+        if isinstance(space, spaces.Discrete):
+            action = jnp.asarray(action, space.dtype)
+            return action, jax.nn.one_hot(action, space.n, dtype=jnp.float32)
+        action = jnp.clip(jnp.asarray(action, jnp.float32), -1.0, 1.0)
+        middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
+        return middle + half * action.reshape(space.shape), action
+
+    def _see(self, obs: PyTree, state: AdapterState, params: Any) -> PyTree:
+        if self._discrete_obs:
+            obs = jax.nn.one_hot(obs, self._env.observation_space(params).n)
+        obs = flat(obs)
+        action = [state.previous_action] if self._previous_action else []
+        policy = jnp.concatenate([self._policy(obs, state.env), *action])
+        if self._critic is None:
+            return policy
+        return Observation(policy, jnp.concatenate([self._critic(obs, state.env), *action]))
+
+    def _cast(self, env_state: PyTree) -> PyTree:
+        return jax.tree.map(jnp.asarray, env_state, self._dtypes)
+
+
+def own(obs: Array, env_state: PyTree) -> Array:
+    return obs
+
+
+def own_and_state(obs: Array, env_state: PyTree) -> Array:
+    return jnp.concatenate([obs, flat(env_state)])
+
+
+def entries(index: np.ndarray, obs: Array, env_state: PyTree) -> Array:
+    return obs[index]
+
+
+def flat(tree: PyTree) -> Float[Array, " D"]:
+    return jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in jax.tree.leaves(tree)])

@@ -1,0 +1,135 @@
+"""Annotations are enforced in every test, and problems that several test files share."""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+from jaxtyping import install_import_hook
+
+install_import_hook("spg", "beartype.beartype")  # before anything imports spg
+matplotlib.use("Agg")
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that tests can import scripts
+
+import equinox as eqx  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import jax.random as jr  # noqa: E402
+import pytest  # noqa: E402
+from jax import lax  # noqa: E402
+
+from spg.exact import TabularPOMDP  # noqa: E402
+from spg.kernels.cells import GRU, Computed, Empty, Linear, Noisy, Window  # noqa: E402
+from spg.kernels.finite import finite_kernel  # noqa: E402
+from spg.kernels.heads import CategoricalHead  # noqa: E402
+from spg.kernels.kernel import Kernel  # noqa: E402
+from spg.kernels.networks import Normalizer  # noqa: E402
+from spg.types import Transition  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def float64():
+    """Double precision for a whole test file, by `pytestmark = pytest.mark.usefixtures(...)`."""
+    with jax.enable_x64(True):
+        yield
+
+
+@eqx.filter_jit  # compiled once: eager operations compile one by one
+def make_pomdp(key, *, num_states=2, num_obs=2, num_actions=2):
+    """A random problem in which nothing is symmetric."""
+    keys = jr.split(key, 4)
+    return TabularPOMDP(
+        transition=jr.dirichlet(keys[0], jnp.ones(num_states), (num_states, num_actions)),
+        observation=jr.dirichlet(keys[1], jnp.ones(num_obs), (num_states,)),
+        reward=jr.normal(keys[2], (num_states, num_actions)),
+        start=jr.dirichlet(keys[3], jnp.ones(num_states)),
+    )
+
+
+@eqx.filter_jit
+def make_finite_kernel(key, *, num_z=2, num_obs=2, num_actions=2):
+    cell_key, head_key = jr.split(key)
+    return finite_kernel(
+        jr.normal(cell_key, (num_z, num_obs, num_z)),
+        jr.normal(head_key, (num_z, num_obs, num_actions)),
+    )
+
+
+def make_kernel(name, key, *, obs_size=2, num_actions=2, z_size=2, state_std=None):
+    """A discrete-action kernel; z' is computed, or drawn if `state_std` is given.
+
+    Its weights are jittered, since a head that starts near uniform would hide mistakes.
+    """
+    state_std = None if state_std is None else jnp.asarray(state_std)  # traced, not compiled in
+    return _make_kernel(name, key, obs_size, num_actions, z_size, state_std)
+
+
+@eqx.filter_jit
+def _make_kernel(name, key, obs_size, num_actions, z_size, state_std):
+    cell_key, head_key, jitter_key = jr.split(key, 3)
+    if name == "finite":
+        return make_finite_kernel(key, num_z=z_size, num_obs=obs_size, num_actions=num_actions)
+    sizes = {"window": 2 * obs_size, "empty": 0}
+    z_size = sizes.get(name, z_size)
+    location = {
+        "gru": lambda: GRU(obs_size, z_size, key=cell_key),
+        "linear": lambda: Linear(obs_size, z_size, key=cell_key),
+        "associative": lambda: Linear(obs_size, z_size, associative=True, key=cell_key),
+        "window": Window,
+        "empty": Empty,
+    }[name]()
+    cell = Computed(location)
+    if state_std is not None:
+        cell = Noisy(location, jnp.full(z_size, jnp.log(state_std)))
+    head = CategoricalHead([obs_size + z_size, 4, num_actions], key=head_key)
+    head = jitter(head, jitter_key)
+    z0 = 0.3 * jnp.ones(z_size)
+    return Kernel(cell, head, Normalizer(obs_size), z0)
+
+
+def jitter(tree, key, scale=0.5):
+    """Add Gaussian noise to every float of a pytree."""
+    params, static = eqx.partition(tree, eqx.is_inexact_array)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jr.split(key, len(leaves))
+    leaves = [x + scale * jr.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return eqx.combine(jax.tree.unflatten(structure, leaves), static)
+
+
+def act(kernel, obs, reward, first, *, key):
+    """The kernel's trajectory through given one-hot observations, by calling its laws."""
+
+    def step(z, x):
+        obs, first, key = x
+        z = kernel.reset(first, z)
+        action, z_next = kernel.sample(obs, z, key=key)
+        return z_next, (z, action, z_next)
+
+    keys = jr.split(key, len(first))
+    _, (z, action, z_next) = lax.scan(step, kernel.z0, (obs, first, keys))
+    ends = jnp.roll(first, -1).at[-1].set(True)
+    final_obs = jnp.roll(obs, -1, 0)
+    return Transition(
+        obs, z, action, z_next, reward, first, ends, jnp.zeros_like(ends), final_obs
+    )  # fmt: skip
+
+
+@eqx.filter_jit
+def make_trajectory(kernel, key, *, num_steps=12, starts=(0, 4, 5, 9), obs_size=2):
+    """A random trajectory in which episodes open at the given steps."""
+    obs_key, reward_key, key = jr.split(key, 3)
+    obs = jax.nn.one_hot(jr.randint(obs_key, (num_steps,), 0, obs_size), obs_size)
+    first = jnp.zeros(num_steps, bool).at[jnp.array(starts, int)].set(True)
+    return act(kernel, obs, jr.normal(reward_key, (num_steps,)), first, key=key)
+
+
+def assert_trees_close(x, y, **tolerance):
+    x, y = (eqx.filter(tree, eqx.is_inexact_array) for tree in (x, y))
+    assert jax.tree.structure(x) == jax.tree.structure(y)
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        assert jnp.allclose(a, b, **tolerance), (a, b)
+
+
+def largest_difference(x, y):
+    """Largest absolute difference of two pytrees of floats."""
+    x, y = (jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array)) for tree in (x, y))
+    return max(float(jnp.abs(a - b).max(initial=0.0)) for a, b in zip(x, y, strict=True))

@@ -1,0 +1,119 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from conftest import assert_trees_close, make_kernel, make_trajectory
+
+from spg.estimators.score import score_estimate
+from spg.estimators.surrogate import ppo_surrogate
+from spg.scans import split_segments
+from spg.types import Replay
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+CASES = [
+    ("gru", 0.3, 1),
+    ("gru", 0.3, 4),
+    ("finite", None, 1),
+    ("linear", None, 12),
+    ("gru", None, 4),
+]
+
+
+@pytest.mark.parametrize(("name", "state_std", "segment_length"), CASES)
+def test_the_first_ratio_is_one_and_its_gradient_the_score_estimate(
+    name, state_std, segment_length
+):
+    kernel = make_kernel(name, jr.key(0), state_std=state_std)
+    traj = make_trajectory(kernel, jr.key(1))
+    segments = split_segments(traj, segment_length)
+    replay = eqx.filter_jit(lambda kernel: jax.vmap(kernel.replay)(segments))
+    old = replay(kernel)
+    advantage = jr.normal(jr.key(2), old.log_prob.shape)
+
+    def objective(kernel):
+        return ppo_surrogate(replay(kernel), old, advantage, clip=0.2).objective.sum()
+
+    surrogate = ppo_surrogate(replay(kernel), old, advantage, clip=0.2)
+    assert np.array_equal(surrogate.objective, advantage)  # the ratio is exactly 1
+    assert not np.any(surrogate.clipped)
+    assert not any(np.any(kl) for kl in (surrogate.kl, surrogate.kl_action, surrogate.kl_z))
+    gradient = eqx.filter_jit(eqx.filter_grad(objective))(kernel)
+    estimate = eqx.filter_jit(score_estimate)(
+        kernel, traj, advantage.reshape(-1), segment_length=segment_length
+    )
+    assert_trees_close(gradient, estimate, rtol=1e-10, atol=1e-12)
+
+
+def replays(seed, num_steps=40):
+    rng = np.random.default_rng(seed)
+    numbers = lambda: jnp.asarray(rng.normal(size=num_steps) * 0.3)
+    new, old = (Replay(numbers(), numbers(), numbers()) for _ in range(2))
+    return new, old, numbers()
+
+
+def slow_surrogate(new, old, advantage, clip):
+    """Case by case: is the step better or worse than expected, is its ratio inside the clip?"""
+    out = np.zeros(len(advantage))
+    for t in range(len(advantage)):
+        ratio = np.exp(new.log_prob_z[t] - old.log_prob_z[t])
+        ratio *= np.exp(new.log_prob_action[t] - old.log_prob_action[t])
+        if advantage[t] > 0 and ratio > 1 + clip:
+            ratio = 1 + clip
+        if advantage[t] < 0 and ratio < 1 - clip:
+            ratio = 1 - clip
+        out[t] = ratio * advantage[t]
+    return out
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1, 0.5])
+def test_surrogate_is_pessimistic_about_large_ratios(clip):
+    new, old, advantage = replays(0)
+    out = ppo_surrogate(new, old, advantage, clip=clip)
+    assert np.allclose(out.objective, slow_surrogate(new, old, advantage, clip), rtol=1e-12)
+
+
+def test_clipped_steps_have_no_gradient_only_where_the_clip_binds():
+    new, old, advantage = replays(1)
+    slope = jax.grad(
+        lambda x: ppo_surrogate(
+            new._replace(log_prob_z=x), old, advantage, clip=0.2
+        ).objective.sum()
+    )(new.log_prob_z)
+    ratio = np.exp(new.log_prob - old.log_prob)
+    binds = ((advantage > 0) & (ratio > 1.2)) | ((advantage < 0) & (ratio < 0.8))
+    assert 0 < binds.sum() < len(binds)
+    assert np.array_equal(slope == 0, binds)
+    assert np.allclose(slope[~binds], (ratio * advantage)[~binds], rtol=1e-12)
+
+
+def test_clipped_counts_ratios_beyond_the_clip():
+    new, old, advantage = replays(2)
+    ratio = np.exp(new.log_prob - old.log_prob)
+    out = ppo_surrogate(new, old, advantage, clip=0.2)
+    assert np.array_equal(out.clipped, (ratio > 1.2) | (ratio < 0.8))
+
+
+def test_kl_estimates_are_non_negative_and_have_the_right_mean():
+    """Two Gaussians of unit variance, means m apart: KL = m²/2; samples are from the old one."""
+    shift, x = 0.3, jr.normal(jr.key(0), (100_000,))
+    log_p = lambda mean: -0.5 * (x - mean) ** 2
+    zeros = jnp.zeros_like(x)
+    out = ppo_surrogate(
+        Replay(log_p(shift), zeros, zeros), Replay(log_p(0.0), zeros, zeros), zeros, clip=0.2
+    )
+    kl = np.asarray(out.kl_z)
+    assert kl.min() >= 0
+    assert abs(kl.mean() - shift**2 / 2) < 4 * kl.std() / len(kl) ** 0.5
+    assert np.array_equal(out.kl, out.kl_z)
+    assert not np.any(out.kl_action)
+
+
+def test_clip_can_be_vmapped():
+    new, old, advantage = replays(3)
+    clips = jnp.array([0.1, 0.2])
+    sweep = jax.jit(jax.vmap(lambda c: ppo_surrogate(new, old, advantage, clip=c).objective))(clips)
+    plain = [ppo_surrogate(new, old, advantage, clip=float(c)).objective for c in clips]
+    assert np.allclose(sweep, jnp.stack(plain), rtol=1e-12)

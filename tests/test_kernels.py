@@ -1,0 +1,253 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from conftest import assert_trees_close, jitter, make_kernel, make_trajectory
+
+from spg.kernels.cells import GRU, Computed, Empty, Linear, Noisy, Window
+from spg.kernels.critics import Critic
+from spg.kernels.finite import TableCell
+from spg.kernels.heads import NormalHead
+from spg.kernels.kernel import Kernel
+from spg.kernels.networks import MLP, Normalizer
+from spg.types import Observation
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+KERNELS = [
+    ("gru", None),
+    ("gru", 0.3),
+    ("linear", None),
+    ("linear", 0.3),
+    ("associative", None),
+    ("window", None),
+    ("window", 0.3),
+    ("empty", None),
+    ("finite", None),
+]
+
+
+replay = eqx.filter_jit(lambda kernel, traj: kernel.replay(traj))
+
+
+@pytest.mark.parametrize(("name", "state_std"), KERNELS)
+def test_replay_scores_what_sample_drew(name, state_std):
+    """Law by law and step by step, with the internal state reset by hand where episodes open."""
+    kernel = make_kernel(name, jr.key(0), state_std=state_std)
+    traj = make_trajectory(kernel, jr.key(1), starts=(0, 3, 4, 9))
+    scored = replay(kernel, traj)
+
+    @jax.jit
+    def score(obs, z, z_next, action):
+        head = kernel.head(obs, z_next)
+        return kernel.cell(obs, z).log_prob(z_next), head.log_prob(action), head.entropy()
+
+    traj, z = jax.tree.map(np.asarray, traj), None
+    for t in range(12):
+        z = np.asarray(kernel.z0) if traj.first[t] else z
+        assert np.allclose(traj.z[t], z)
+        truth = score(traj.obs[t], z, traj.z_next[t], traj.action[t])
+        for recorded, true in zip(scored, truth, strict=True):
+            assert np.allclose(recorded[t], true, rtol=1e-10)
+        z = traj.z_next[t]
+    assert np.array_equal(scored.log_prob, scored.log_prob_z + scored.log_prob_action)
+
+
+@pytest.mark.parametrize(("name", "state_std"), KERNELS)
+def test_a_segment_that_opens_inside_an_episode_carries_on_from_its_z(name, state_std):
+    kernel = make_kernel(name, jr.key(0), state_std=state_std)
+    traj = make_trajectory(kernel, jr.key(1), starts=(0, 8))
+    tail = jax.tree.map(lambda x: x[5:], traj)
+    whole = jax.tree.map(lambda x: x[5:], replay(kernel, traj))
+    assert_trees_close(replay(kernel, tail), whole, rtol=1e-10)
+
+
+def test_associative_replay_equals_sequential_in_value_and_gradient():
+    kernel = make_kernel("linear", jr.key(0), z_size=3)
+    other = make_kernel("associative", jr.key(0), z_size=3)
+    assert not kernel.cell.location.associative
+    assert other.cell.location.associative
+    traj = make_trajectory(kernel, jr.key(1), starts=(0, 3, 4, 9, 11))
+    weight = jr.normal(jr.key(2), (12,))
+    value = lambda kernel: jnp.vdot(weight, kernel.replay(traj).log_prob)
+    value_and_grad = eqx.filter_jit(eqx.filter_value_and_grad(value))
+    sequential, associative = value_and_grad(kernel), value_and_grad(other)
+    for a, b in zip(jax.tree.leaves(sequential), jax.tree.leaves(associative), strict=True):
+        assert np.allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["gru", "linear"])
+def test_vanishing_noise_recovers_the_computed_kernel(name):
+    """The same keys draw the same z' and a up to O(σ), and score the actions alike."""
+    computed = make_kernel(name, jr.key(0))
+    traj = make_trajectory(computed, jr.key(1))
+    for state_std in (1e-3, 1e-6, 1e-9):
+        noisy = make_kernel(name, jr.key(0), state_std=state_std)
+        assert_trees_close(
+            noisy.mode(traj.obs[0], traj.z[0]), computed.mode(traj.obs[0], traj.z[0])
+        )
+        drawn = make_trajectory(noisy, jr.key(1))
+        assert np.array_equal(drawn.action, traj.action)
+        assert np.allclose(drawn.z_next, traj.z_next, rtol=0, atol=20 * state_std)
+        log_prob, truth = replay(noisy, drawn).log_prob_action, replay(computed, traj).log_prob
+        assert np.allclose(log_prob, truth, rtol=0, atol=50 * state_std)
+
+
+@pytest.mark.parametrize(("name", "state_std"), KERNELS)
+def test_kernels_agree_under_jit_and_vmap(name, state_std):
+    kernel = make_kernel(name, jr.key(0), state_std=state_std)
+    keys = jr.split(jr.key(1), 3)
+    trajs = [make_trajectory(kernel, key) for key in keys]
+    batch = jax.tree.map(lambda *x: np.stack(x), *trajs)
+    batch = jax.tree.map(jnp.asarray, batch)
+    plain = jax.tree.map(lambda *x: np.stack(x), *map(kernel.replay, trajs))
+    assert_trees_close(jax.jit(jax.vmap(lambda t: kernel.replay(t)))(batch), plain, rtol=1e-10)
+    obs, z = batch.obs[:, 3], batch.z[:, 3]
+    plain = [kernel.sample(o, x, key=key) for o, x, key in zip(obs, z, keys, strict=True)]
+    drawn = jax.jit(jax.vmap(lambda o, x, key: kernel.sample(o, x, key=key)))(obs, z, keys)
+    for a, b in zip(drawn, zip(*plain, strict=True), strict=True):
+        assert np.allclose(a, jnp.stack(b), rtol=1e-12)
+
+
+def test_a_replay_is_traced_once():
+    once = eqx.filter_jit(eqx.debug.assert_max_traces(lambda k, t: k.replay(t), max_traces=1))
+    for seed in range(3):
+        kernel = make_kernel("gru", jr.key(seed), state_std=0.1)
+        once(kernel, make_trajectory(kernel, jr.key(seed)))
+
+
+def test_action_and_state_are_drawn_with_different_randomness():
+    """Both Gaussian of the same size: one key used twice would give correlation 1."""
+    kernel = Kernel(
+        Noisy(Linear(1, 1, key=jr.key(0)), jnp.zeros(1)),
+        NormalHead([2, 1], std=1.0, key=jr.key(1)),
+        Normalizer(1),
+        jnp.zeros(1),
+    )
+    draw = lambda key: kernel.sample(jnp.zeros(1), jnp.zeros(1), key=key)
+    action, z = jax.vmap(draw)(jr.split(jr.key(2), 4000))
+    mean = jax.vmap(lambda z: kernel.head(jnp.zeros(1), z).loc)(z)
+    noise = jnp.stack([action - mean, z - z.mean(0)])[..., 0]
+    assert abs(np.corrcoef(noise)[0, 1]) < 4 / 4000**0.5
+
+
+def test_an_empty_memory_does_not_break_the_state_law():
+    kernel = make_kernel("empty", jr.key(0))
+    traj = make_trajectory(kernel, jr.key(1))
+    assert traj.z.shape == (12, 0)
+    assert not np.any(replay(kernel, traj).log_prob_z)
+
+
+def test_window_holds_the_last_observations_oldest_first():
+    kernel = make_kernel("window", jr.key(0))
+    traj = make_trajectory(kernel, jr.key(1), starts=(0, 5))
+    assert np.array_equal(traj.z_next[0], jnp.concatenate([kernel.z0[2:], traj.obs[0]]))
+    assert np.array_equal(traj.z_next[4], traj.obs[3:5].reshape(-1))
+    assert np.array_equal(traj.z_next[5], jnp.concatenate([kernel.z0[2:], traj.obs[5]]))
+
+
+def test_linear_unit_is_its_recurrence_with_decays_in_range():
+    location = Linear(2, 50, min_decay=0.4, max_decay=0.99, key=jr.key(0))
+    assert 0.4 < location.decay.min() < 0.6
+    assert 0.9 < location.decay.max() < 0.99
+    obs, z = jr.normal(jr.key(1), (2,)), jr.normal(jr.key(2), (50,))
+    inputs = location.inputs.weight @ obs + location.inputs.bias
+    truth = location.decay * z + np.sqrt(1 - location.decay**2) * inputs
+    assert np.allclose(location(obs, z), truth, rtol=1e-12)
+
+
+def test_gru_is_the_unit_of_cho():
+    """z' = (1 - u) n + u z, written out from the weights, gates in the order r, u, n."""
+    location = GRU(2, 3, key=jr.key(0))
+    obs, z = jr.normal(jr.key(1), (2,)), jr.normal(jr.key(2), (3,))
+    gru = location.gru
+    from_obs = np.split(gru.weight_ih @ obs + gru.bias, 3)
+    from_z = np.split(gru.weight_hh @ z, 3)
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    r, u = (sigmoid(from_obs[i] + from_z[i]) for i in (0, 1))
+    n = np.tanh(from_obs[2] + r * (from_z[2] + gru.bias_n))
+    assert np.allclose(location(obs, z), (1 - u) * n + u * z, rtol=1e-12)
+
+
+def test_cells_lie_where_their_location_does():
+    obs, z = jr.normal(jr.key(1), (2,)), jr.normal(jr.key(2), (3,))
+    location = GRU(2, 3, key=jr.key(0))
+    assert np.array_equal(Computed(location)(obs, z).loc, location(obs, z))
+    law = Noisy(location, jnp.log(jnp.array([0.1, 0.2, 0.3])))(obs, z)
+    assert np.array_equal(law.loc, location(obs, z))
+    assert np.allclose(law.std, [0.1, 0.2, 0.3])
+    assert Computed(Empty())(obs, z[:0]).loc.shape == (0,)
+    assert np.array_equal(Computed(Window())(obs, z).loc, [z[2], *obs])
+
+
+def test_a_finite_cell_reads_one_hot_observations_even_when_normalised():
+    logits = jr.normal(jr.key(0), (2, 3, 2))
+    data = jnp.eye(3)[jr.randint(jr.key(1), (50,), 0, 3)]
+    normalizer = Normalizer(3).update(data)
+    for o, g in np.ndindex(3, 2):
+        law = TableCell(logits)(normalizer(jnp.eye(3)[o]), jnp.array(g))
+        assert np.array_equal(law.logits, logits[g, o])
+
+
+def test_the_first_state_of_an_episode_is_not_learned():
+    kernel = make_kernel("gru", jr.key(0))
+    traj = make_trajectory(kernel, jr.key(1))
+    total = lambda kernel: kernel.replay(traj).log_prob.sum()
+    grad = eqx.filter_jit(eqx.filter_grad(total))(kernel)
+    assert not np.any(grad.z0)
+    assert np.any(grad.cell.location.gru.weight_hh)
+
+
+def test_normaliser_merges_moments_like_numpy_on_all_data():
+    batches = [
+        3 + 2 * jr.normal(jr.key(i), shape) for i, shape in enumerate([(4, 2), (1, 2), (5, 3, 2)])
+    ]
+    normalizer = Normalizer(2)
+    for batch in batches:
+        normalizer = eqx.filter_jit(Normalizer.update)(normalizer, batch)
+    data = np.concatenate([batch.reshape(-1, 2) for batch in batches])
+    assert normalizer.count == len(data)
+    assert np.allclose(normalizer.mean, data.mean(0), rtol=1e-12)
+    assert np.allclose(normalizer.var, data.var(0), rtol=1e-12)
+    truth = (data - data.mean(0)) / data.std(0)
+    assert np.allclose(jax.vmap(normalizer)(jnp.asarray(data)), truth, rtol=1e-6)
+
+
+def test_normaliser_is_the_identity_before_data_and_clips_at_ten():
+    x = jnp.array([0.3, -2.0, 50.0, -50.0])
+    assert np.array_equal(Normalizer(4)(x), [0.3, -2.0, 10.0, -10.0])
+
+
+def test_normaliser_survives_a_constant_observation():
+    normalizer = Normalizer(1).update(jnp.full((7, 1), 3.0))
+    assert np.array_equal(normalizer(jnp.array([3.0])), [0.0])
+
+
+def test_normaliser_is_constant_to_gradients():
+    grad = eqx.filter_grad(lambda n: n(jnp.array([1.0, 2.0])).sum())(Normalizer(2))
+    assert not any(np.any(x) for x in jax.tree.leaves(grad))
+
+
+def test_mlp_is_its_layers_with_orthogonal_weights():
+    mlp = MLP([3, 4, 2], gain=0.01, key=jr.key(0))
+    first, last = mlp.layers
+    assert np.allclose(first.weight.T @ first.weight, 2 * np.eye(3), atol=1e-12)
+    assert np.allclose(last.weight @ last.weight.T, 1e-4 * np.eye(2), atol=1e-12)
+    mlp = jitter(mlp, jr.key(1))
+    first, last = mlp.layers
+    x = jr.normal(jr.key(2), (3,))
+    truth = last.weight @ np.tanh(first.weight @ x + first.bias) + last.bias
+    assert np.allclose(mlp(x), truth, rtol=1e-12)
+
+
+def test_policy_and_critic_see_their_own_part_of_an_observation():
+    kernel = make_kernel("gru", jr.key(0))
+    critic = Critic(3, 2, [4], key=jr.key(1))
+    obs, z = Observation(jnp.ones(2), jnp.arange(3.0)), jnp.zeros(2)
+    draw = lambda obs: kernel.sample(obs, z, key=jr.key(2))
+    assert_trees_close(draw(obs), draw(obs.policy), rtol=0)
+    value = critic(obs, z)
+    assert value == critic(obs.critic, z)
+    assert value != critic(obs._replace(critic=jnp.zeros(3)), z)

@@ -1,0 +1,100 @@
+"""Every script runs two updates; its `init` and `step` can be vmapped over hyper-parameters."""
+
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax import lax
+
+from scripts import ppo, reinforce
+from spg import training
+from spg.records import read_metrics
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"num_envs": 4, "num_seeds": 2, "z_size": 4, "eval_episodes": 2, "hidden": (8,)}
+PPO = ppo.Config(
+    num_steps=8, num_minibatches=2, num_epochs=2, total_steps=64, checkpoints=1, **SMALL
+)
+REINFORCE = reinforce.Config(total_steps=48, checkpoints=1, **SMALL)
+CHAIN = {"env": "MemoryChain-bsuite", "observe": "all"}
+
+
+def two_updates(script, config, tmp_path):
+    config = replace(config, out=str(tmp_path / "run"))
+    training.run(config, script.make(config))
+    data = read_metrics(tmp_path / "run")
+    assert data["update"].shape == (2, 2)
+    return data
+
+
+@pytest.mark.parametrize("memory", ["s2pg", "bptt", "window", "none", "oracle"])
+def test_ppo_runs_with_every_memory(memory, tmp_path):
+    data = two_updates(ppo, replace(PPO, memory=memory, **CHAIN), tmp_path)
+    assert np.isfinite(data["gradient_norm"]).all()
+    assert ((data["kl_z"] > 0).all()) == (memory == "s2pg")
+
+
+def test_ppo_runs_with_continuous_actions_and_a_privileged_critic(tmp_path):
+    config = replace(PPO, env="Pendulum-v1", privileged=True, previous_action=True, cell="linear")
+    two_updates(ppo, config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "memory", "segment_length"),
+    [("reinforce", "s2pg", 0), ("gpomdp", "s2pg", 3), ("gpomdp", "bptt", 0)],
+)
+def test_reinforce_runs(estimator, memory, segment_length, tmp_path):
+    words = {"estimator": estimator, "memory": memory, "segment_length": segment_length}
+    two_updates(reinforce, replace(REINFORCE, **words), tmp_path)
+
+
+@pytest.mark.parametrize(("script", "config"), [(ppo, PPO), (reinforce, REINFORCE)])
+def test_training_vmaps_over_learning_rate_and_gamma(script, config):
+    config = replace(config, **CHAIN)
+    env = training.make_env(config)
+
+    def train(learning_rate, gamma, key):
+        swept = replace(config, learning_rate=learning_rate, gamma=gamma)
+        state = script.init(swept, env, key)
+        step = lambda state, _: script.step(swept, env, state)
+        state, metrics = lax.scan(step, state, length=2)
+        return training_parameters(state), metrics["gradient_norm"]
+
+    def training_parameters(state):
+        return state.kernel if script is reinforce else state.agent
+
+    rates, gammas = jnp.array([1e-2, 1e-3, 1e-2]), jnp.array([0.9, 0.9, 0.5])
+    key = jr.key(0)
+    swept = jax.jit(jax.vmap(train, (0, 0, None)))(rates, gammas, key)
+    single = jax.jit(partial(train, float(rates[2]), float(gammas[2])))(key)
+    for a, b in zip(jax.tree.leaves(swept), jax.tree.leaves(single), strict=True):
+        np.testing.assert_allclose(a[2], b, rtol=2e-4, atol=2e-5)
+    norms = swept[1]
+    assert norms[0, 0] == pytest.approx(norms[1, 0])  # same gamma: the same first gradient
+    assert norms[0, 1] != pytest.approx(norms[1, 1])  # another step size: not the second
+    assert norms[0, 0] != pytest.approx(norms[2, 0])  # another gamma: not even the first
+
+
+def test_first_ppo_ratio_is_one_also_after_updates():
+    """Observation statistics move between updates only, so each update starts at π = π_old."""
+    config = replace(PPO, num_epochs=1, num_minibatches=1, **CHAIN)
+    env = training.make_env(config)
+    state = ppo.init(config, env, jr.key(0))
+    step = jax.jit(partial(ppo.step, config, env))
+    for _ in range(3):
+        state, metrics = step(state)
+        assert metrics["kl"] < 1e-9
+        assert metrics["clipped"] == 0
+
+
+def test_readme_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
