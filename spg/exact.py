@@ -120,12 +120,12 @@ def trajectories(
     A finite z' is enumerated, (|S||O||G||A|)^T trajectories at most; a computed one follows from
     the observations. Episodes start once and terminate at T.
     """
-    finite = isinstance(kernel.cell, TableCell)
-    if not finite and not isinstance(kernel.cell, Computed):
-        raise TypeError(f"z' must be finite or computed to be enumerated, not {type(kernel.cell)}")
+    cell = kernel.cell
+    if not isinstance(cell, TableCell | Computed):
+        raise TypeError(f"z' must be finite or computed to be enumerated, not {type(cell)}")
     transition, observation, reward, start = jax.tree.map(np.asarray, pomdp)
     num_states, num_obs = observation.shape
-    num_z = kernel.cell.logits.shape[0] if finite else 1
+    num_z = cell.logits.shape[0] if isinstance(cell, TableCell) else 1
     sizes = (num_states, num_obs, num_z, reward.shape[1])
     index = np.indices(sizes * num_steps).reshape(num_steps, 4, -1)
     s, o, h, a = index.transpose(1, 2, 0)
@@ -138,11 +138,12 @@ def trajectories(
     first, last = (jnp.asarray(np.copy(edge)).at[:, t].set(True) for t in (0, -1))
     obs = jnp.eye(num_obs)[o]
     z0 = jnp.broadcast_to(kernel.z0, (len(prob), 1, *kernel.z0.shape))
-    if finite:
+    if isinstance(cell, TableCell):
         z_next = jnp.asarray(h, kernel.z0.dtype)
     else:
         z = jnp.broadcast_to(z0, (*s.shape, *kernel.z0.shape))
-        z_next = jax.vmap(lambda *x: kernel.cell.replay(*x, kernel.z0)[1])(obs, z, z, first)
+        replay = jax.vmap(cell.replay, (0, 0, 0, 0, None))
+        z_next = replay(obs, z, z, first, kernel.z0)[1]
     traj = Transition(
         obs=obs,
         z=jnp.concatenate([z0, z_next[:, :-1]], 1),

@@ -66,8 +66,8 @@ class EnvConfig:
     """append the previous action to the observation"""
     privileged: bool = False
     """show the critic the full state"""
-    backend: Literal["generalized", "spring", "positional", "mjx"] = "spring"
-    """physics of Brax: generalized, spring, positional or mjx"""
+    backend: Literal["generalized", "spring", "positional", "mjx"] | None = None
+    """physics of Brax; by default spring, the fastest on a CPU"""
     env_params: dict[str, float] = field(default_factory=dict)
     """parameters of the environment to change, e.g. --env-params length 50"""
 

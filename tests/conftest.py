@@ -29,20 +29,21 @@ from spg.types import Transition  # noqa: E402
 @pytest.fixture(scope="module")
 def float64():
     """Double precision for a whole test file, by `pytestmark = pytest.mark.usefixtures(...)`."""
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
     with jax.enable_x64(True):
         yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @eqx.filter_jit  # compiled once: eager operations compile one by one
 def make_pomdp(key, *, num_states=2, num_obs=2, num_actions=2):
     """A random problem in which nothing is symmetric."""
+    shapes = (num_states, num_actions, num_states), (num_states, num_obs), (num_states,)
     keys = jr.split(key, 4)
-    return TabularPOMDP(
-        transition=jr.dirichlet(keys[0], jnp.ones(num_states), (num_states, num_actions)),
-        observation=jr.dirichlet(keys[1], jnp.ones(num_obs), (num_states,)),
-        reward=jr.normal(keys[2], (num_states, num_actions)),
-        start=jr.dirichlet(keys[3], jnp.ones(num_states)),
-    )
+    draws = [jr.exponential(k, shape) for k, shape in zip(keys, shapes, strict=False)]
+    transition, observation, start = (x / x.sum(-1, keepdims=True) for x in draws)
+    reward = jr.normal(keys[3], (num_states, num_actions))
+    return TabularPOMDP(transition, observation, reward, start)
 
 
 @eqx.filter_jit

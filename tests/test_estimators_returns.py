@@ -65,7 +65,7 @@ def test_returns_to_go_are_sums_up_to_the_end(seed, gamma):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_gae_at_lambda_zero_is_the_td_error(seed):
-    reward, value, next_value, terminated, truncated = rollout = random_rollout(seed)
+    reward, value, next_value, terminated, _ = rollout = random_rollout(seed)
     td_error = reward + GAMMA * jnp.where(terminated, 0, next_value) - value
     assert np.array_equal(gae(*rollout, gamma=GAMMA, gae_lambda=0.0), td_error)
 
@@ -125,5 +125,8 @@ def test_hyper_parameters_can_be_vmapped():
     rollout = random_rollout(0)
     gammas, lambdas = jnp.array([0.5, 0.9, 1.0]), jnp.array([0.0, 0.5, 1.0])
     sweep = jax.jit(jax.vmap(lambda g, l: gae(*rollout, gamma=g, gae_lambda=l)))(gammas, lambdas)
-    plain = [gae(*rollout, gamma=float(g), gae_lambda=float(l)) for g, l in zip(gammas, lambdas)]
+    plain = [
+        gae(*rollout, gamma=float(g), gae_lambda=float(l))
+        for g, l in zip(gammas, lambdas, strict=True)
+    ]
     assert np.allclose(sweep, np.stack(plain), rtol=1e-12)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import assert_trees_close, make_finite_kernel, make_kernel, make_pomdp
 from jax.test_util import check_grads
+from scipy import special
 
 from spg import exact
 
@@ -26,8 +27,10 @@ def kernel():
 
 def test_forward_recursion_equals_the_sum_over_trajectories(pomdp, kernel):
     setting = {"gamma": GAMMA, "num_steps": 3}
-    recursion = eqx.filter_value_and_grad(exact.expected_return)(kernel, pomdp, **setting)
-    enumeration = eqx.filter_value_and_grad(exact.enumerate_return)(kernel, pomdp, **setting)
+    forward = lambda kernel: exact.expected_return(kernel, pomdp, **setting)
+    summed = lambda kernel: exact.enumerate_return(kernel, pomdp, **setting)
+    recursion = eqx.filter_jit(eqx.filter_value_and_grad(forward))(kernel)
+    enumeration = eqx.filter_jit(eqx.filter_value_and_grad(summed))(kernel)
     assert_trees_close(recursion, enumeration, rtol=1e-12)
 
 
@@ -42,8 +45,11 @@ def test_expected_return_has_the_gradient_of_finite_differences(pomdp, kernel):
 
 def test_values_solve_their_equations_and_start_with_the_return(pomdp, kernel):
     """V is the mean of Q over (o, z', a), written as loops; J is the limit of long horizons."""
-    value, q_value, _, expected_return = exact.values(kernel, pomdp, gamma=GAMMA)
-    omega, mu = jax.nn.softmax(kernel.cell.logits), jax.nn.softmax(kernel.head.logits)
+    exact_values = eqx.filter_jit(exact.values)(kernel, pomdp, gamma=GAMMA)
+    value, q_value, _, expected_return = map(np.asarray, exact_values)
+    omega, mu = (special.softmax(x.logits, -1) for x in (kernel.cell, kernel.head))
+    long = eqx.filter_jit(exact.expected_return)(kernel, pomdp, gamma=GAMMA, num_steps=400)
+    pomdp = jax.tree.map(np.asarray, pomdp)
     for s, g in np.ndindex(value.shape):
         mean = sum(
             pomdp.observation[s, o] * omega[g, o, h] * mu[h, o, a] * q_value[s, a, h]
@@ -53,30 +59,29 @@ def test_values_solve_their_equations_and_start_with_the_return(pomdp, kernel):
     for s, a, h in np.ndindex(q_value.shape):
         future = sum(pomdp.transition[s, a, t] * value[t, h] for t in range(3))
         assert np.allclose(q_value[s, a, h], pomdp.reward[s, a] + GAMMA * future, rtol=1e-12)
-    long = exact.expected_return(kernel, pomdp, gamma=GAMMA, num_steps=400)
     assert np.allclose(expected_return, long, rtol=1e-12)
 
 
 def test_policy_gradient_theorem(pomdp, kernel):
     """Theorem 2.2: Σ ρ O ∇π Q is the derivative of J, both by different routes."""
-    theorem = exact.policy_gradient(kernel, pomdp, gamma=GAMMA)
-    derivative = eqx.filter_grad(
-        lambda kernel: exact.values(kernel, pomdp, gamma=GAMMA).expected_return
-    )(kernel)
+    theorem = eqx.filter_jit(exact.policy_gradient)(kernel, pomdp, gamma=GAMMA)
+    value = lambda kernel: exact.values(kernel, pomdp, gamma=GAMMA).expected_return
+    derivative = eqx.filter_jit(eqx.filter_grad(value))(kernel)
     assert_trees_close(theorem, derivative, rtol=1e-11, atol=1e-13)
-    horizon = eqx.filter_grad(exact.expected_return)(kernel, pomdp, gamma=GAMMA, num_steps=400)
+    value = lambda kernel: exact.expected_return(kernel, pomdp, gamma=GAMMA, num_steps=400)
+    horizon = eqx.filter_jit(eqx.filter_grad(value))(kernel)
     assert_trees_close(theorem, horizon, rtol=1e-10, atol=1e-13)
 
 
 def test_occupancy_has_the_mass_of_all_discounted_steps(pomdp, kernel):
-    occupancy = exact.values(kernel, pomdp, gamma=GAMMA).occupancy
+    occupancy = eqx.filter_jit(exact.values)(kernel, pomdp, gamma=GAMMA).occupancy
     assert np.allclose(occupancy.sum(), 1 / (1 - GAMMA), rtol=1e-12)
     assert (occupancy >= 0).all()
 
 
 def test_stationary_law_is_the_limit_of_the_chain(pomdp, kernel):
-    law = exact.stationary_law(kernel, pomdp)
-    chain = exact.joint_chain(kernel, pomdp).reshape(6, 6)
+    law = eqx.filter_jit(exact.stationary_law)(kernel, pomdp)
+    chain = eqx.filter_jit(exact.joint_chain)(kernel, pomdp).reshape(6, 6)
     assert np.allclose(chain.sum(1), 1)
     limit = np.linalg.matrix_power(np.asarray(chain), 200)
     assert np.allclose(limit, np.broadcast_to(law.reshape(-1), (6, 6)), atol=1e-12)
@@ -87,7 +92,8 @@ def test_stationary_law_is_the_limit_of_the_chain(pomdp, kernel):
 def test_probabilities_of_all_trajectories_sum_to_one(pomdp, name):
     kernel = make_kernel(name, jr.key(2))
     one = lambda kernel, traj: jnp.ones(())
-    assert np.allclose(exact.enumerate_mean(one, kernel, pomdp, num_steps=3), 1, rtol=1e-12)
+    total = lambda kernel: exact.enumerate_mean(one, kernel, pomdp, num_steps=3)
+    assert np.allclose(eqx.filter_jit(total)(kernel), 1, rtol=1e-12)
 
 
 def test_impossible_trajectories_are_left_out(kernel):

@@ -27,6 +27,7 @@ KERNELS = [
     ("empty", None),
     ("finite", None),
 ]
+SOME_KERNELS = [("gru", None), ("linear", 0.3), ("associative", None), ("finite", None)]
 
 
 replay = eqx.filter_jit(lambda kernel, traj: kernel.replay(traj))
@@ -55,7 +56,7 @@ def test_replay_scores_what_sample_drew(name, state_std):
     assert np.array_equal(scored.log_prob, scored.log_prob_z + scored.log_prob_action)
 
 
-@pytest.mark.parametrize(("name", "state_std"), KERNELS)
+@pytest.mark.parametrize(("name", "state_std"), SOME_KERNELS)
 def test_a_segment_that_opens_inside_an_episode_carries_on_from_its_z(name, state_std):
     kernel = make_kernel(name, jr.key(0), state_std=state_std)
     traj = make_trajectory(kernel, jr.key(1), starts=(0, 8))
@@ -69,8 +70,8 @@ def test_associative_replay_equals_sequential_in_value_and_gradient():
     other = make_kernel("associative", jr.key(0), z_size=3)
     assert not kernel.cell.location.associative
     assert other.cell.location.associative
-    traj = make_trajectory(kernel, jr.key(1), starts=(0, 3, 4, 9, 11))
-    weight = jr.normal(jr.key(2), (12,))
+    traj = make_trajectory(kernel, jr.key(1), num_steps=7, starts=(0, 3, 4, 6))
+    weight = jr.normal(jr.key(2), (7,))
     value = lambda kernel: jnp.vdot(weight, kernel.replay(traj).log_prob)
     value_and_grad = eqx.filter_jit(eqx.filter_value_and_grad(value))
     sequential, associative = value_and_grad(kernel), value_and_grad(other)
@@ -95,7 +96,7 @@ def test_vanishing_noise_recovers_the_computed_kernel(name):
         assert np.allclose(log_prob, truth, rtol=0, atol=50 * state_std)
 
 
-@pytest.mark.parametrize(("name", "state_std"), KERNELS)
+@pytest.mark.parametrize(("name", "state_std"), SOME_KERNELS)
 def test_kernels_agree_under_jit_and_vmap(name, state_std):
     kernel = make_kernel(name, jr.key(0), state_std=state_std)
     keys = jr.split(jr.key(1), 3)
@@ -127,9 +128,9 @@ def test_action_and_state_are_drawn_with_different_randomness():
         jnp.zeros(1),
     )
     draw = lambda key: kernel.sample(jnp.zeros(1), jnp.zeros(1), key=key)
-    action, z = jax.vmap(draw)(jr.split(jr.key(2), 4000))
-    mean = jax.vmap(lambda z: kernel.head(jnp.zeros(1), z).loc)(z)
-    noise = jnp.stack([action - mean, z - z.mean(0)])[..., 0]
+    action, z = jax.jit(jax.vmap(draw))(jr.split(jr.key(2), 4000))
+    mean = jax.jit(jax.vmap(lambda z: kernel.head(jnp.zeros(1), z).loc))(z)
+    noise = np.stack([action - mean, z - z.mean(0)])[..., 0]
     assert abs(np.corrcoef(noise)[0, 1]) < 4 / 4000**0.5
 
 

@@ -1,6 +1,5 @@
 import csv
 
-import jax
 import numpy as np
 import pytest
 
@@ -8,20 +7,34 @@ from scripts.benchmarks import variance
 from spg.estimators.bounds import Constants, bptt_variance_bound, s2pg_variance_bound
 
 DECAYS = (0.5, 0.9, 1.1)
-LENGTHS = (8, 16, 32, 64)
+LENGTHS = (8, 24, 64)
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return variance.measure(
-        variance.Config(decays=DECAYS, lengths=LENGTHS, num_trajectories=1500, num_seeds=1)
+def run(tmp_path_factory):
+    """The script's directory after a small run."""
+    out = tmp_path_factory.mktemp("variance") / "run"
+    config = variance.Config(
+        out=str(out), decays=DECAYS, lengths=LENGTHS, num_trajectories=1000, num_seeds=2
     )
+    variance.main(config)
+    return out
+
+
+@pytest.fixture(scope="module")
+def rows(run):
+    with (run / "variance.csv").open() as file:
+        table = list(csv.DictReader(file))
+    kinds = variance.Row.__annotations__.items()
+    return [variance.Row(**{name: kind(row[name]) for name, kind in kinds}) for row in table]
 
 
 def curve(rows, method, decay):
     """Variance over T, without the growth of the squared return: (Σ_t γ^t)² = T² at γ = 1."""
-    points = {r.num_steps: r.variance for r in rows if (r.method, r.decay) == (method, decay)}
-    return np.array([points[n] / n**2 for n in LENGTHS])
+    points = [r for r in rows if (r.method, r.decay) == (method, decay)]
+    return np.array([
+        np.mean([r.variance for r in points if r.num_steps == n]) / n**2 for n in LENGTHS
+    ])  # fmt: skip
 
 
 def slopes(rows, method, decay):
@@ -30,14 +43,14 @@ def slopes(rows, method, decay):
 
 
 def test_measured_variances_stay_below_the_bounds(rows):
-    assert len(rows) == 2 * len(DECAYS) * len(LENGTHS)
+    assert len(rows) == 2 * len(DECAYS) * len(LENGTHS) * 2
     for row in rows:
         assert 0 < row.variance < row.bound
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_variance_of_s2pg_is_linear_in_the_length(rows, decay):
-    """Theorem 3.5: linear whatever |dz'/dz| is; within sampling error of 1500 trajectories."""
+    """Theorem 3.5: linear whatever |dz'/dz| is; within sampling error of 2000 trajectories."""
     assert np.allclose(slopes(rows, "S2PG", decay), 1, atol=0.25)
 
 
@@ -49,7 +62,7 @@ def test_variance_of_bptt_is_polynomial_where_the_state_forgets(rows):
 def test_variance_of_bptt_is_exponential_where_the_state_grows(rows):
     """Theorem 3.4, Z = 1.1: Z̄ grows as Z^{2T}, so the slope in log T keeps growing with T."""
     slope = slopes(rows, "BPTT", 1.1)
-    assert (np.diff(slope) > 0.5).all()
+    assert slope[1] > slope[0] + 1
     growth = np.diff(np.log(curve(rows, "BPTT", 1.1)))[-1] / (LENGTHS[-1] - LENGTHS[-2])
     assert np.isclose(growth, 2 * np.log(1.1), rtol=0.2)
 
@@ -73,27 +86,15 @@ def test_bounds_are_the_sums_of_the_theorems():
     assert np.isclose(s2pg_variance_bound(c, **setting), scale * (3 * 2**2 + 3 * 5**2 * 4 / 0.5))
 
 
-def test_script_leaves_table_and_picture_and_overwrites_nothing(tmp_path, capsys):
-    config = variance.Config(
-        out=str(tmp_path / "run"), decays=(0.5,), lengths=(2,), num_trajectories=10, num_seeds=2
-    )
-    variance.main(config)
-    assert "BPTT" in capsys.readouterr().out
-    with (tmp_path / "run" / "variance.csv").open() as file:
-        table = list(csv.DictReader(file))
-    assert [row["method"] for row in table] == ["S2PG", "S2PG", "BPTT", "BPTT"]
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "config.json",
-        "variance.csv",
-        "variance.png",
-    }
+def test_script_leaves_table_and_picture_and_overwrites_nothing(run):
+    files = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    assert set(files) == {"config.json", "variance.csv", "variance.png"}
     with pytest.raises(variance.records.RunError, match="not an empty directory"):
-        variance.main(config)
+        variance.main(variance.Config(out=str(run)))
+    assert files == {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
 
 
-def test_seeds_are_independent_and_repeatable():
-    config = variance.Config(decays=(0.5,), lengths=(2,), num_trajectories=50, num_seeds=2)
-    first, again = variance.measure(config), variance.measure(config)
-    assert first == again
-    assert first[0].variance != first[1].variance
-    assert jax.config.jax_enable_x64 is False
+def test_seeds_are_independent(rows):
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert first[:3] == second[:3]
+        assert first.variance != second.variance

@@ -63,7 +63,12 @@ def make(
     else:
         view = own if observe == "all" else _full_view(env)
     critic = _full_view(env) if privileged else None
-    env = Adapter(env, env_params, policy=view, critic=critic, previous_action=previous_action)
+    try:
+        env = Adapter(env, env_params, policy=view, critic=critic, previous_action=previous_action)
+    except TypeError as error:  # brax/swimmer of Brax 0.14 on JAX 0.10, for one
+        raise ValueError(
+            f"{name!r} does not run with the installed versions of JAX and its own package: {error}"
+        ) from error
     return env, env_params
 
 

@@ -1,0 +1,299 @@
+"""What memory costs: environment step, rollout and PPO update of each memory, in one process.
+
+    python scripts/benchmarks/memory.py                       # GRU and linear cell, CartPole
+    python scripts/benchmarks/memory.py --cells gru --z-size 64 --repeats 50
+
+Everything is compiled first; then every repeat times each program once, and a ratio is the median,
+with quartiles, of the ratios within the repeats: noise that lasts longer than one repeat cancels.
+"""
+
+import csv
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import tyro
+from jax import lax
+from jaxtyping import Float, PRNGKeyArray
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import ppo
+
+from spg import records, training
+from spg.kernels.cells import Linear
+from spg.rollout import rollout
+
+
+@dataclass(frozen=True)
+class Config(training.EnvConfig):
+    seed: int = 0
+    num_seeds: int = 1
+    """trainings vmapped into each program"""
+    out: str | None = None
+    """directory of the results; by default a new one under runs/"""
+    repeats: int = 20
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu counts the seconds of all threads: steadier where others use the machine"""
+    cells: tuple[Literal["gru", "linear"], ...] = ("gru", "linear")
+    windows: tuple[int, ...] = (5, 32)
+    lengths: tuple[int, ...] = (5, 32)
+    """segment lengths of BPTT, besides the whole rollout"""
+    z_size: int = 16
+    hidden: tuple[int, ...] = (64,)
+    """widths of the hidden layers of policy head and critic"""
+    num_envs: int = 64
+    num_steps: int = 160
+    """T, steps of each environment between updates"""
+    num_epochs: int = 4
+    num_minibatches: int = 32
+    resume: ClassVar[bool] = False  # timings of two processes do not mix
+
+
+class Method(NamedTuple):
+    name: str
+    cell: str  # for a memoryless policy, the cell whose S2PG it is to be compared with
+    config: ppo.Config
+    associative: bool = False
+
+
+class Timings(NamedTuple):
+    """Seconds of each repeat, and of compiling the training update."""
+
+    compile: float
+    rollout: Float[np.ndarray, " repeats"]
+    training: Float[np.ndarray, " repeats"]
+
+
+def methods(config: Config) -> list[Method]:
+    """What is compared. `none-wide` and `none-deep` have no memory and do as many multiply-adds
+    as S2PG, in one hidden layer or in one more than S2PG's head, as its cell is one more."""
+    make = partial(
+        ppo.Config,
+        **{k: v for k, v in vars(config).items() if k in training.EnvConfig.__dataclass_fields__},
+        total_steps=1000 * config.num_envs * config.num_steps,
+        num_envs=config.num_envs, num_steps=config.num_steps, num_epochs=config.num_epochs,
+        num_minibatches=config.num_minibatches, z_size=config.z_size,
+    )  # fmt: skip
+    small = partial(make, hidden=config.hidden)
+    first = config.cells[0]
+    found = [Method("none", first, small(memory="none"))]
+    found += [
+        Method(f"window-{n}", first, small(memory="window", window=n)) for n in config.windows
+    ]
+    for cell in config.cells:
+        s2pg = small(memory="s2pg", cell=cell)
+        count = multiply_adds(s2pg)
+        wide = lambda n: make(memory="none", hidden=(n,))
+        deep = lambda n: make(memory="none", hidden=(n, *config.hidden))
+        found += [Method("none-wide", cell, match(wide, count))]
+        found += [Method("none-deep", cell, match(deep, count))]
+        found += [Method("S2PG", cell, s2pg)]
+        for length in (*config.lengths, 0):
+            bptt = small(memory="bptt", cell=cell, segment_length=length)
+            name = f"BPTT-{length or 'T'}"
+            found += [Method(name, cell, bptt)]
+            if cell == "linear":
+                found += [Method(f"{name} associative", cell, bptt, associative=True)]
+    return found
+
+
+def multiply_adds(config: ppo.Config) -> int:
+    """Of one step forward through policy and critic: the entries of their matrices."""
+    agent = jax.eval_shape(ppo.make(config).init, jr.key(0)).agent
+    return sum(x.size for x in jax.tree.leaves(agent) if x.ndim == 2)
+
+
+def match(make: Callable[[int], ppo.Config], count: int) -> ppo.Config:
+    """`make(width)` with the width, to which multiply-adds are linear, that comes nearest."""
+    one, two = multiply_adds(make(1)), multiply_adds(make(2))
+    return make(max(1, round(1 + (count - one) / (two - one))))
+
+
+def init(method: Method, env: ppo.Env, key: PRNGKeyArray) -> ppo.State:
+    state = ppo.init(method.config, env, key)
+    if not method.associative:
+        return state
+    cell = Linear(state.carry.obs.shape[-1], method.config.z_size, associative=True, key=key)
+    agent = eqx.tree_at(lambda agent: agent.kernel.cell.location, state.agent, cell)
+    return state._replace(agent=agent, opt_state=ppo.optimiser(method.config).init(agent))
+
+
+def act(config: ppo.Config, env: ppo.Env, state: ppo.State) -> Any:
+    """The rollout of one update."""
+    run = partial(rollout, state.agent.kernel, *env, num_steps=config.num_steps)
+    keys = jr.split(state.key, config.num_envs)
+    return jax.vmap(lambda c, k: run(c, key=k))(state.carry, keys)
+
+
+def act_randomly(config: ppo.Config, env: ppo.Env, state: ppo.State) -> Any:
+    """As many steps of the environments alone, with random actions."""
+
+    def step(env_state, key):
+        action_key, env_key = jr.split(key)
+        action = env[0].action_space(env[1]).sample(action_key)
+        obs, env_state, *rest = env[0].step(env_key, env_state, action, env[1])
+        return env_state, (obs, *rest)
+
+    keys = jr.split(state.key, (config.num_envs, config.num_steps))
+    return jax.vmap(partial(lax.scan, step))(state.carry.env_state, keys)
+
+
+def measure(config: Config, compared: list[Method]) -> tuple[np.ndarray, list[Timings]]:
+    """Seconds of the environment steps alone, and of each method, repeat by repeat."""
+    keys = jax.vmap(jr.key)(jnp.arange(config.seed, config.seed + config.num_seeds))
+    env = training.make_env(config)
+    programs, arguments, compile_seconds = [], [], []
+    rollouts: dict[ppo.Config, int] = {}  # BPTT of any length acts alike: timed once
+
+    def add(function, state):
+        began = time.perf_counter()
+        programs.append(jax.jit(jax.vmap(function)).lower(state).compile())
+        arguments.append(state)
+        compile_seconds.append(time.perf_counter() - began)
+        return len(programs) - 1
+
+    places = []
+    for method in tqdm(compared, desc="compile"):
+        state = jax.jit(jax.vmap(partial(init, method, env)))(keys)
+        if not programs:
+            add(partial(act_randomly, method.config, env), state)
+        actor = (method.config.memory, method.cell, method.config.window, method.config.hidden)
+        if actor not in rollouts:
+            rollouts[actor] = add(partial(act, method.config, env), state)
+        places.append((rollouts[actor], add(partial(ppo.step, method.config, env), state)))
+
+    clock = time.perf_counter if config.clock == "wall" else time.process_time
+    seconds = np.empty((len(programs), config.repeats + 1))
+    order = np.random.default_rng(config.seed)
+    for i in tqdm(range(config.repeats + 1), desc="repeat"):  # the first warms up
+        for j in order.permutation(len(programs)):
+            began = clock()
+            jax.block_until_ready(programs[j](arguments[j]))
+            seconds[j, i] = clock() - began
+    seconds = seconds[:, 1:]
+    timings = [Timings(compile_seconds[t], seconds[r], seconds[t]) for r, t in places]
+    return seconds[0], timings
+
+
+def tabulate(
+    config: Config, compared: list[Method], env_seconds: np.ndarray, timings: list[Timings]
+) -> list[dict[str, Any]]:
+    """A row for each method; ratios are of its seconds to another method's."""
+    steps = config.num_seeds * config.num_envs * config.num_steps
+    times = {(m.name, m.cell): t for m, t in zip(compared, timings, strict=True)}
+    none = timings[0]
+    rows = []
+    for method, t in zip(compared, timings, strict=True):
+        deep, s2pg = times["none-deep", method.cell], times["S2PG", method.cell]
+        row = {
+            "method": method.name,
+            "cell": method.cell,
+            "multiply_adds": multiply_adds(method.config),
+            "compile_seconds": t.compile,
+            "env_steps_per_second": steps / np.median(env_seconds),
+            "rollout_steps_per_second": steps / np.median(t.rollout),
+            "training_steps_per_second": steps / np.median(t.training),
+        }
+        row |= spread("training_seconds", t.training)
+        row |= spread("rollout_seconds", t.rollout)
+        row |= spread("update_seconds", t.training - t.rollout)
+        row |= spread("training_to_none", t.training / none.training)
+        row |= spread("training_to_deep", t.training / deep.training)
+        row |= spread("training_to_s2pg", t.training / s2pg.training)
+        update = (t.training - t.rollout) / (deep.training - deep.rollout)
+        rows.append(row | spread("update_to_deep", update))
+    return rows
+
+
+def spread(name: str, values: Float[np.ndarray, " repeats"]) -> dict[str, float]:
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return {name: middle, f"{name}_q25": low, f"{name}_q75": high}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for a terminal: times in ms, ratios with their quartiles."""
+
+    def ratio(row, name):
+        return f"{row[name]:.2f} [{row[name + '_q25']:.2f}, {row[name + '_q75']:.2f}]"
+
+    lines = [
+        f"{'method':<20}{'cell':<8}{'mul-adds':>9}{'compile s':>10}{'rollout ms':>11}"
+        f"{'update ms':>10}{'steps/s':>9}"
+        f"{'to none':>19}{'to none-deep':>19}{'to S2PG':>19}{'update to none-deep':>21}"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row['method']:<20}{row['cell']:<8}{row['multiply_adds']:>9,}"
+            f"{row['compile_seconds']:>10.1f}{1e3 * row['rollout_seconds']:>11.1f}"
+            f"{1e3 * row['update_seconds']:>10.1f}{row['training_steps_per_second']:>9,.0f}"
+            f"{ratio(row, 'training_to_none'):>19}{ratio(row, 'training_to_deep'):>19}"
+            f"{ratio(row, 'training_to_s2pg'):>19}{ratio(row, 'update_to_deep'):>21}"
+        )
+    env_steps = rows[0]["env_steps_per_second"]
+    return "\n".join([*lines, f"environment alone: {env_steps:,.0f} steps/s; {machine()}"])
+
+
+def picture(path: Path, rows: list[dict[str, Any]], *, title: str) -> None:
+    """A bar for each method: its rollout, then its update, and the ratio of the sum to S2PG."""
+    figure = Figure(figsize=(7.5, 1.2 + 0.27 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    place = np.arange(len(rows))
+    column = lambda name: 1e3 * np.array([row[name] for row in rows])
+    total, acting = column("training_seconds"), column("rollout_seconds")
+    error = np.abs([total - column("training_seconds_q25"), column("training_seconds_q75") - total])
+    axes.barh(place, acting, label="rollout", color="C0")
+    axes.barh(place, total - acting, left=acting, label="update", color="C1", xerr=error)
+    for i, row in enumerate(rows):
+        axes.text(total[i] + error[1, i], i, f"  {row['training_to_s2pg']:.2f}", va="center")
+    axes.set(xlabel="ms per training update (median, quartiles; ratio to S2PG)", title=title)
+    axes.set_yticks(place, [f"{row['method']} ({row['cell']})" for row in rows])
+    axes.set_xlim(0, 1.1 * (total + error[1]).max())
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower right", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def machine() -> str:
+    device = jax.devices()[0].device_kind
+    return f"{os.cpu_count()} cores, {platform.machine()}, {device}, jax {jax.__version__}"
+
+
+def main(config: Config) -> list[dict[str, Any]]:
+    training.check_positive(config, "repeats", "num_seeds")
+    compared = methods(config)
+    for method in compared:
+        ppo.make(method.config)  # whatever cannot run is refused before the directory is made
+    out = records.open_run(config, "memory-benchmark")
+    rows = tabulate(config, compared, *measure(config, compared))
+    with (out / "memory.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    title = f"{config.env}, {config.num_envs} x {config.num_steps} steps, z of {config.z_size}"
+    picture(out / "memory.png", rows, title=title)
+    print(table(rows))
+    print(f"table and picture: {out}")
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except (ValueError, records.RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

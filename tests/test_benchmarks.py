@@ -1,0 +1,73 @@
+"""The benchmark of memories compares what it says it compares, and overwrites nothing."""
+
+import csv
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from scripts.benchmarks import memory
+from spg.records import RunError
+
+TINY = memory.Config(
+    cells=("linear",), windows=(), lengths=(), repeats=2, z_size=4, hidden=(8,), num_envs=2,
+    num_steps=4, num_epochs=1, num_minibatches=2,
+)  # fmt: skip
+NAMES = ["none", "none-wide", "none-deep", "S2PG", "BPTT-T", "BPTT-T associative"]
+
+
+@pytest.fixture
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    "names", [["BPTT-T associative"], pytest.param(NAMES, marks=pytest.mark.slow)]
+)
+def test_measure_times_every_program_in_every_repeat(names):
+    compared = [m for m in memory.methods(TINY) if m.name in names]
+    env_seconds, timings = memory.measure(TINY, compared)
+    assert len(timings) == len(names)
+    for seconds in (env_seconds, *(x for t in timings for x in (t.rollout, t.training))):
+        assert seconds.shape == (TINY.repeats,)
+        assert (seconds > 0).all()
+
+
+def test_results_are_written_once_and_ratios_are_taken_within_repeats(tmp_path, monkeypatch):
+    load = np.array([1.0, 7.0])  # a repeat in which the machine is busy leaves ratios alone
+    timings = [memory.Timings(1.0, load, (i + 2) * load) for i in range(len(NAMES))]
+    monkeypatch.setattr(memory, "measure", lambda config, compared: (load, timings))
+    config = replace(TINY, out=str(tmp_path / "run"))
+    rows = memory.main(config)
+    with (tmp_path / "run" / "memory.csv").open(newline="") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == NAMES
+    assert (tmp_path / "run" / "memory.png").stat().st_size > 0
+    bptt = rows[NAMES.index("BPTT-T")]
+    assert bptt["training_to_none"] == bptt["training_to_none_q75"] == 6 / 2
+    assert bptt["training_to_deep"] == 6 / 4
+    assert bptt["training_to_s2pg"] == 6 / 5
+    assert bptt["update_to_deep"] == (6 - 1) / (4 - 1)
+    with pytest.raises(RunError, match="holds a run"):
+        memory.main(config)
+
+
+@pytest.mark.parametrize("cell", ["gru", "linear"])
+def test_memoryless_references_do_as_many_multiply_adds_as_s2pg(cell):
+    found = {m.name: m.config for m in memory.methods(memory.Config(cells=(cell,)))}
+    count = memory.multiply_adds(found["S2PG"])
+    by_hand = {"gru": 3 * 16 * (2 + 16), "linear": 16 * 2}[cell]  # 2 positions, z of 16
+    by_hand += 64 * (18 + 2) + 64 * (18 + 1)  # head with two actions, critic
+    assert count == by_hand
+    for name in ("none-wide", "none-deep"):
+        assert memory.multiply_adds(found[name]) == pytest.approx(count, rel=0.03)
+
+
+def test_segment_lengths_must_divide_the_rollout(tmp_path):
+    config = replace(TINY, lengths=(3,), out=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="does not divide num_steps 4"):
+        memory.main(config)
+    assert not (tmp_path / "run").exists()
