@@ -24,7 +24,7 @@ from spg.kernels.critics import Critic
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
 from spg.rollout import Carry, evaluation, reset, rollout
-from spg.scans import divisors, split_segments
+from spg.scans import divisors, shuffle, split_segments
 from spg.types import Transition, critic_view, policy_view
 
 
@@ -113,7 +113,7 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
     batch = (segments, old, advantage, targets)
 
     def epoch(state, key):
-        order = jr.permutation(key, num_segments).reshape(config.num_minibatches, -1)
+        order = shuffle(num_segments, key=key).reshape(config.num_minibatches, -1)
         return lax.scan(lambda s, i: update(s, jax.tree.map(lambda x: x[i], batch)), state, order)
 
     epoch_keys = jr.split(epoch_key, config.num_epochs)

@@ -64,7 +64,7 @@ class Normal(eqx.Module):
 
     def log_prob(self, x: Float[Array, " n"]) -> Float[Array, ""]:
         residual = (x - self.loc) / self.std
-        return -0.5 * jnp.sum(residual**2 + 2 * jnp.log(self.std) + _LOG_2PI)
+        return -0.5 * jnp.sum(residual**2) - jnp.sum(jnp.log(self.std) + 0.5 * _LOG_2PI)
 
     def entropy(self) -> Float[Array, ""]:
         return jnp.sum(jnp.log(self.std) + 0.5 * (_LOG_2PI + 1))

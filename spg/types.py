@@ -53,11 +53,11 @@ class Environment(Protocol):
     ) -> tuple[PyTree, PyTree, jax.Array, jax.Array, jax.Array, dict]: ...
 
 
-def policy_view(obs: PyTree) -> Array:
+def policy_view(obs: PyTree) -> Any:
     """The policy's part of an observation."""
     return obs.policy if isinstance(obs, Observation) else obs
 
 
-def critic_view(obs: PyTree) -> Array:
+def critic_view(obs: PyTree) -> Any:
     """The critic's part of an observation."""
     return obs.critic if isinstance(obs, Observation) else obs

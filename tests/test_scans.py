@@ -1,12 +1,13 @@
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from spg.scans import linear_scan, split_segments
+from spg.scans import linear_scan, shuffle, split_segments
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -94,3 +95,14 @@ def test_segments_are_consecutive(segment_length):
 def test_segments_that_do_not_divide_are_refused_with_what_would(segment_length):
     with pytest.raises(ValueError, match="does not divide num_steps 6; 1, 2, 3, 6 would"):
         split_segments(jnp.arange(6), segment_length)
+
+
+def test_shuffle_is_a_permutation_and_every_order_is_as_likely():
+    keys = jr.split(jr.key(0), 24 * 400)
+    orders = np.asarray(jax.vmap(lambda k: shuffle(4, key=k))(keys))
+    assert (np.sort(orders, 1) == np.arange(4)).all()
+    counts = np.unique(orders, axis=0, return_counts=True)[1]
+    assert len(counts) == 24
+    assert (np.abs(counts - 400) < 4 * np.sqrt(400)).all()
+    large = shuffle(10_240, key=keys[0])
+    assert (np.sort(large) == np.arange(10_240)).all()

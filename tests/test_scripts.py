@@ -54,7 +54,10 @@ def test_reinforce_runs(estimator, memory, segment_length, tmp_path):
     two_updates(reinforce, replace(REINFORCE, **words), tmp_path)
 
 
-@pytest.mark.parametrize(("script", "config"), [(ppo, PPO), (reinforce, REINFORCE)])
+ONE_GRADIENT = replace(PPO, num_epochs=1, num_minibatches=1)
+
+
+@pytest.mark.parametrize(("script", "config"), [(ppo, ONE_GRADIENT), (reinforce, REINFORCE)])
 def test_training_vmaps_over_learning_rate_and_gamma(script, config):
     config = replace(config, **CHAIN)
     env = training.make_env(config)
@@ -83,7 +86,7 @@ def test_training_vmaps_over_learning_rate_and_gamma(script, config):
 
 def test_first_ppo_ratio_is_one_also_after_updates():
     """Observation statistics move between updates only, so each update starts at π = π_old."""
-    config = replace(PPO, num_epochs=1, num_minibatches=1, **CHAIN)
+    config = replace(ONE_GRADIENT, **CHAIN)
     env = training.make_env(config)
     state = ppo.init(config, env, jr.key(0))
     step = jax.jit(partial(ppo.step, config, env))

@@ -53,7 +53,7 @@ def task(name: Task) -> tuple[ppo.Config, list[str]]:
     default = ppo.Config()
     recall = replace(default, observe="all", gae_lambda=1.0, entropy_coef=0.01)
     brax = replace(
-        default, num_steps=32, hidden=(64, 64), z_size=32, checkpoints=10, eval_episodes=8
+        default, num_steps=32, hidden=(64, 64), learning_rate=3e-4, checkpoints=10, eval_episodes=8
     )
     delay = float(name[-2:]) if name[-1] == "0" else 0.0
     return {

@@ -157,7 +157,7 @@ def measure(config: Config, compared: list[Method]) -> tuple[np.ndarray, list[Ti
     keys = jax.vmap(jr.key)(jnp.arange(config.seed, config.seed + config.num_seeds))
     env = training.make_env(config)
     programs, arguments, compile_seconds = [], [], []
-    rollouts: dict[ppo.Config, int] = {}  # BPTT of any length acts alike: timed once
+    rollouts: dict[tuple, int] = {}  # BPTT of any length acts alike: timed once
 
     def add(function, state):
         began = time.perf_counter()
@@ -285,8 +285,10 @@ def main(config: Config) -> list[dict[str, Any]]:
         writer.writeheader()
         writer.writerows(rows)
     title = f"{config.env}, {config.num_envs} x {config.num_steps} steps, z of {config.z_size}"
+    title += f", {config.clock} clock"
     picture(out / "memory.png", rows, title=title)
     print(table(rows))
+    print(title)
     print(f"table and picture: {out}")
     return rows
 
