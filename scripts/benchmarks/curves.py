@@ -55,7 +55,9 @@ def task(name: Task) -> tuple[ppo.Config, list[str]]:
     brax = replace(
         default, num_steps=32, hidden=(64, 64), learning_rate=3e-4, checkpoints=10, eval_episodes=8
     )
-    delay = float(name[-2:]) if name[-1] == "0" else 0.0
+    delay = 50.0 if name.endswith("50") else 10.0
+    if delay == 50:
+        recall = replace(recall, z_size=4, gamma=1.0, total_steps=5_000_000)
     return {
         "cartpole": (default, list(METHODS)),
         "memorychain": (
