@@ -43,7 +43,7 @@ class Config(training.EnvConfig, PolicyConfig, training.RunConfig):
     gae_lambda: float = 0.95
     clip: float = 0.2
     entropy_coef: float = 0.0
-    max_grad_norm: float = 0.5
+    max_grad_norm: float = 10.0
 
     @property
     def num_updates(self) -> int:
@@ -99,6 +99,7 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
         traj.reward, value, next_value, traj.terminated, traj.truncated
     )
     target = value + advantage
+    critic = critic.rescale(target)
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
     length = config.length(config.num_steps)
@@ -117,14 +118,16 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
         return lax.scan(lambda s, i: update(s, jax.tree.map(lambda x: x[i], batch)), state, order)
 
     epoch_keys = jr.split(epoch_key, config.num_epochs)
-    (agent, opt_state), metrics = lax.scan(epoch, (state.agent, state.opt_state), epoch_keys)
+    (agent, opt_state), metrics = lax.scan(
+        epoch, (Agent(kernel, critic), state.opt_state), epoch_keys
+    )
     metrics = jax.tree.map(jnp.mean, metrics) | {
         "return": episodes.return_sum.sum() / episodes.count.sum(),
         "episode_length": episodes.length_sum.sum() / episodes.count.sum(),
         "episodes": episodes.count.sum(),
         "explained_variance": 1 - jnp.var(target - value) / (jnp.var(target) + 1e-8),
     }
-    return State(observed(agent, traj, target), opt_state, carry, key), metrics
+    return State(observed(agent, traj), opt_state, carry, key), metrics
 
 
 def gradient_step(
@@ -151,14 +154,17 @@ def gradient_step(
     return (agent, opt_state), metrics | {"gradient_norm": optax.global_norm(gradient)}
 
 
-def observed(agent: Agent, traj: Transition, target: Array) -> Agent:
-    """The agent with its statistics of observations and returns brought up to date."""
-    kernel = eqx.tree_at(
-        lambda k: k.normalizer,
-        agent.kernel,
-        agent.kernel.normalizer.update(policy_view(traj.obs)),
+def observed(agent: Agent, traj: Transition) -> Agent:
+    """The agent with its statistics of observations brought up to date."""
+    kernel, critic = agent
+    return eqx.tree_at(
+        lambda agent: (agent.kernel.normalizer, agent.critic.normalizer),
+        agent,
+        (
+            kernel.normalizer.update(policy_view(traj.obs)),
+            critic.normalizer.update(critic_view(traj.obs)),
+        ),
     )
-    return Agent(kernel, agent.critic.update(critic_view(traj.obs), target))
 
 
 def make(config: Config) -> training.Algorithm:
@@ -179,9 +185,10 @@ def make(config: Config) -> training.Algorithm:
             f"{config.num_envs} x {config.num_steps} steps"
         )
     env = training.make_env(config, oracle=config.memory == "oracle")
+    seen = training.describe(config, oracle=config.memory == "oracle")
     return training.Algorithm(
         name="ppo",
-        title=f"{config.env}, observing {config.observe}: PPO, {config.memory}",
+        title=f"PPO, {config.memory}: {seen}",
         init=partial(init, config, env),
         step=partial(step, config, env),
         params=lambda state: state.agent,

@@ -105,9 +105,10 @@ def make(config: Config) -> training.Algorithm:
     training.check_positive(config, "num_envs", "num_steps", "z_size", "window", "num_updates")
     config.check(config.num_steps)
     env = training.make_env(config, oracle=config.memory == "oracle")
+    seen = training.describe(config, oracle=config.memory == "oracle")
     return training.Algorithm(
         name="reinforce",
-        title=f"{config.env}, observing {config.observe}: {config.estimator}, {config.memory}",
+        title=f"{config.estimator}, {config.memory}: {seen}",
         init=partial(init, config, env),
         step=partial(step, config, env),
         params=lambda state: state.kernel,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from scipy import stats
 
 
@@ -55,17 +56,15 @@ def learning_curve(path: Path, curves: list[Curve], *, title: str) -> None:
     axes = figure.subplots()
     for i, curve in enumerate(curves):
         color = f"C{i}"
-        name = f"{curve.label} ({len(curve.noise_free)} seeds)"
-        axes.plot(curve.steps, iqm(curve.returns), label=name, color=color)
-        axes.fill_between(
-            curve.steps, *interval(curve.returns), alpha=0.2, linewidth=0, color=color
-        )
-        label = f"{curve.label}, noise-free"
-        axes.plot(
-            curve.eval_steps, iqm(curve.noise_free), "--", alpha=0.7, label=label, color=color
-        )
-    axes.set(xlabel="environment steps per seed", ylabel="return (IQM, 95 % interval)", title=title)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+        low, high = interval(curve.returns)
+        axes.plot(curve.steps, iqm(curve.returns), color=color, label=curve.label)
+        axes.fill_between(curve.steps, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.plot(curve.eval_steps, iqm(curve.noise_free), "--", color=color, linewidth=1)
+    axes.plot([], [], "--", color="gray", linewidth=1, label="noise-free policy")
+    num_seeds = len(curves[0].noise_free)
+    seeds = f"IQM and 95 % interval of {num_seeds} seeds" if num_seeds > 1 else "one seed"
+    axes.set(xlabel="environment steps per seed", ylabel=f"return\n{seeds}", title=title)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)

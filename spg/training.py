@@ -72,6 +72,11 @@ class EnvConfig:
     """parameters of the environment to change, e.g. --env-params length 50"""
 
 
+def describe(config: EnvConfig, *, oracle: bool = False) -> str:
+    """What is observed of which environment, for titles."""
+    return f"{config.env}, observing {'state' if oracle else config.observe}"
+
+
 def make_env(config: EnvConfig, *, oracle: bool = False) -> tuple[Environment, Any]:
     """The environment that `config` names, and its parameters; an oracle sees the full state."""
     from spg import envs  # here: importing gymnax starts JAX's backend, and `cli` sets its devices
@@ -148,9 +153,12 @@ def run(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
     sharding = NamedSharding(mesh, PartitionSpec("seed"))
     over_seeds = partial(jax.shard_map, mesh=mesh, out_specs=PartitionSpec("seed"), check_vma=False)
 
+    plural = f"{config.num_seeds} seeds on {num_devices} devices"
+    print(f"{algorithm.title}: compiling for {plural}", file=sys.stderr, flush=True)
     per_slice = max(1, math.ceil(algorithm.num_updates / (config.checkpoints * SLICES)))
     began = time.perf_counter()
-    keys = jax.device_put(jax.vmap(jr.key)(jnp.asarray(seeds)), sharding)
+    roots = jax.vmap(lambda seed: jr.split(jr.key(seed)))(jnp.asarray(seeds))
+    keys, eval_roots = (jax.device_put(roots[:, i], sharding) for i in range(2))
     init = over_seeds(jax.vmap(algorithm.init), in_specs=PartitionSpec("seed"))
     state = jax.jit(init)(keys)
     train = over_seeds(
@@ -193,7 +201,7 @@ def run(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
             at_checkpoint = update % (per_slice * SLICES) == 0 or update == algorithm.num_updates
             scores = {}
             if at_checkpoint:
-                eval_keys = jax.vmap(partial(jr.fold_in, data=update))(keys)
+                eval_keys = jax.vmap(partial(jr.fold_in, data=update))(eval_roots)
                 scores = {k: np.asarray(v) for k, v in evaluate(state, eval_keys).items()}
             table.append(update, metrics, scores)
             records.write_events(events, update, metrics, scores)

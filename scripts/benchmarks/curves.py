@@ -53,7 +53,13 @@ def task(name: Task) -> tuple[ppo.Config, list[str]]:
     default = ppo.Config()
     recall = replace(default, observe="all", gae_lambda=1.0, entropy_coef=0.01)
     brax = replace(
-        default, num_steps=32, hidden=(64, 64), learning_rate=3e-4, checkpoints=10, eval_episodes=8
+        default,
+        num_steps=32,
+        hidden=(64, 64),
+        learning_rate=3e-4,
+        state_std=0.1,
+        checkpoints=10,
+        eval_episodes=8,
     )
     delay = 50.0 if name.endswith("50") else 10.0
     if delay == 50:
@@ -73,8 +79,8 @@ def task(name: Task) -> tuple[ppo.Config, list[str]]:
             [*list(METHODS)[:4], "none"],
         ),
         "pendulum": (
-            replace(default, env="Pendulum-v1", gamma=0.95, checkpoints=10),
-            ["S2PG", "BPTT", "none", "oracle"],
+            replace(default, env="Pendulum-v1", gamma=0.95, state_std=0.1, total_steps=3_000_000),
+            list(METHODS),
         ),
         "halfcheetah": (replace(brax, env="brax/halfcheetah"), ["S2PG", "none", "oracle"]),
         "ant": (replace(brax, env="brax/ant"), ["S2PG", "none", "oracle"]),

@@ -161,7 +161,7 @@ class Computed(eqx.Module):
 
 
 class Noisy(eqx.Module):
-    """z' ~ N(location(o, z), diag(exp(2 log_std))): each recorded step stands alone.
+    """z' ~ N(location(o, z), diag(exp(2 log_std))), log_std learned: each step stands alone.
 
     Nothing is propagated from step to step, so a segment replays in parallel and its length
     does not matter (Al-Hafez et al., 2024, lemma 2.1).
@@ -171,7 +171,7 @@ class Noisy(eqx.Module):
     log_std: Float[Array, " n"]
 
     def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Normal:
-        return Normal(self.location(obs, z), jnp.exp(self.log_std))
+        return Normal(self.location(obs, z), jnp.exp(jnp.clip(self.log_std, -20.0, 2.0)))
 
     def replay(
         self,

@@ -12,8 +12,8 @@ from spg.types import critic_view
 class Critic(eqx.Module):
     """V(o, z) = scale · MLP(o, z), with `scale` the running root mean square of the returns.
 
-    The scale, like the observation statistics, is frozen while an update runs. It makes one
-    learning rate serve rewards of any size.
+    It makes one learning rate serve rewards of any size. Like the observation statistics it is
+    constant to gradients, and moves between updates only.
     """
 
     mlp: MLP
@@ -35,11 +35,11 @@ class Critic(eqx.Module):
         obs = self.normalizer(critic_view(obs))
         return self.scale * self.mlp(jnp.concatenate([obs, z]))[0]
 
-    def update(self, obs: Float[Array, "*batch o"], returns: Float[Array, "*batch"]) -> "Critic":
-        """Bring both statistics up to date with what was observed and the returns aimed at."""
+    def rescale(self, returns: Float[Array, "*batch"]) -> "Critic":
+        """The same V at a scale that knows these returns, van Hasselt et al. (2016), eq. 7."""
         count = self.count + returns.size
-        mean_square = self.mean_square + (jnp.mean(returns**2) - self.mean_square) * (
-            returns.size / count
-        )
-        where = lambda c: (c.normalizer, c.mean_square, c.count)
-        return eqx.tree_at(where, self, (self.normalizer.update(obs), mean_square, count))
+        change = (jnp.mean(returns**2) - self.mean_square) * returns.size / count
+        where = lambda c: (c.mean_square, c.count)
+        new = eqx.tree_at(where, self, (self.mean_square + change, count))
+        last = lambda c: (c.mlp.layers[-1].weight, c.mlp.layers[-1].bias)
+        return eqx.tree_at(last, new, tuple(x * self.scale / new.scale for x in last(self)))

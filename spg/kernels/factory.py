@@ -27,7 +27,7 @@ class PolicyConfig:
     z_size: int = 16
     """size of the internal state (s2pg, bptt)"""
     state_std: float = 0.2
-    """standard deviation of the noise on z' (s2pg)"""
+    """initial standard deviation of the noise on z' (s2pg); it is learned"""
     segment_length: int = 0
     """L, steps through which gradients flow; 0: the whole rollout for bptt, otherwise 1"""
     window: int = 5
@@ -48,13 +48,15 @@ class PolicyConfig:
                 f"state_std is {self.state_std}; s2pg needs noise on z', 0.1 to 0.3 is usual; "
                 "--memory bptt is the policy without"
             )
+        if self.action_std <= 0:
+            raise ValueError(f"action_std is {self.action_std}; it has to be positive")
         return num_segments(num_steps, self.length(num_steps))
 
 
 def make_kernel(config: PolicyConfig, env: Any, env_params: Any, *, key: PRNGKeyArray) -> Kernel:
     """The kernel that `config` names, sized for a Gymnax environment.
 
-    s2pg draws z' ~ N(cell(o, z), state_std²); bptt computes z' = cell(o, z); window keeps the
+    s2pg draws z' ~ N(cell(o, z), σ²), σ learned from state_std on; bptt computes z' = cell(o, z); window keeps the
     last `window` observations; none and oracle have no memory (the oracle's environment shows
     the full state). Raises ValueError for an action space that is neither Discrete nor a Box of
     one axis.

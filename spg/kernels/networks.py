@@ -66,6 +66,7 @@ class Normalizer(eqx.Module):
 
 
 def _orthogonal(n: int, m: int, *, gain: float, key: PRNGKeyArray) -> eqx.nn.Linear:
-    layer = eqx.nn.Linear(n, m, key=key)
-    weight = jax.nn.initializers.orthogonal(gain)(key, (m, n))
+    weight_key, layer_key = jr.split(key)
+    weight = jax.nn.initializers.orthogonal(gain)(weight_key, (m, n))
+    layer = eqx.nn.Linear(n, m, key=layer_key)
     return eqx.tree_at(lambda l: (l.weight, l.bias), layer, (weight, jnp.zeros(m)))
