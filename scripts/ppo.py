@@ -17,7 +17,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
-from spg import training
+from spg import cli, training
 from spg.estimators.returns import gae
 from spg.estimators.surrogate import ppo_surrogate
 from spg.kernels.critics import Critic
@@ -29,7 +29,7 @@ from spg.types import Transition, critic_view, policy_view
 
 
 @dataclass(frozen=True)
-class Config(training.EnvConfig, PolicyConfig, training.RunConfig):
+class Config(cli.EnvConfig, PolicyConfig, cli.RunConfig):
     total_steps: int = 2_000_000
     """environment steps of each seed"""
     num_envs: int = 64
@@ -169,7 +169,7 @@ def observed(agent: Agent, traj: Transition) -> Agent:
 
 def make(config: Config) -> training.Algorithm:
     """What `training.run` takes. Raises ValueError for what cannot run."""
-    training.check_positive(
+    cli.check_positive(
         config, "num_envs", "num_steps", "num_epochs", "num_minibatches", "z_size", "window"
     )
     count = config.num_envs * config.check(config.num_steps)
@@ -184,8 +184,8 @@ def make(config: Config) -> training.Algorithm:
             f"total_steps {config.total_steps} is less than one update of "
             f"{config.num_envs} x {config.num_steps} steps"
         )
-    env = training.make_env(config, oracle=config.memory == "oracle")
-    seen = training.describe(config, oracle=config.memory == "oracle")
+    env = cli.make_env(config, oracle=config.memory == "oracle")
+    seen = cli.describe(config, oracle=config.memory == "oracle")
     return training.Algorithm(
         name="ppo",
         title=f"PPO, {config.memory}: {seen}",
@@ -201,4 +201,4 @@ def make(config: Config) -> training.Algorithm:
 
 
 if __name__ == "__main__":
-    training.cli(Config, make)
+    cli.main(Config, make)

@@ -18,7 +18,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
-from spg import training
+from spg import cli, training
 from spg.estimators.score import gpomdp, reinforce, score_estimate
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
@@ -27,7 +27,7 @@ from spg.types import policy_view
 
 
 @dataclass(frozen=True)
-class Config(training.EnvConfig, PolicyConfig, training.RunConfig):
+class Config(cli.EnvConfig, PolicyConfig, cli.RunConfig):
     env: str = "MemoryChain-bsuite"
     observe: Literal["all", "positions", "velocities", "state"] = "all"
     estimator: Literal["reinforce", "gpomdp"] = "reinforce"
@@ -102,10 +102,10 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
 
 def make(config: Config) -> training.Algorithm:
     """What `training.run` takes. Raises ValueError for what cannot run."""
-    training.check_positive(config, "num_envs", "num_steps", "z_size", "window", "num_updates")
+    cli.check_positive(config, "num_envs", "num_steps", "z_size", "window", "num_updates")
     config.check(config.num_steps)
-    env = training.make_env(config, oracle=config.memory == "oracle")
-    seen = training.describe(config, oracle=config.memory == "oracle")
+    env = cli.make_env(config, oracle=config.memory == "oracle")
+    seen = cli.describe(config, oracle=config.memory == "oracle")
     return training.Algorithm(
         name="reinforce",
         title=f"{config.estimator}, {config.memory}: {seen}",
@@ -121,4 +121,4 @@ def make(config: Config) -> training.Algorithm:
 
 
 if __name__ == "__main__":
-    training.cli(Config, make)
+    cli.main(Config, make)

@@ -26,6 +26,8 @@ class RunError(Exception):
 def open_run(config: Any, name: str) -> Path:
     """The directory of a run, with its `config.json`: a new one, or on resumption the old one.
 
+    A configuration without the field `resume` cannot be resumed.
+
     Raises RunError if the directory holds a run already (without `resume`), or if it holds none
     or one of another configuration (with it).
     """
@@ -79,7 +81,8 @@ class Table:
         kept: list[list[str]] = []
         if keep:
             with path.open(newline="") as file:
-                kept = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= keep]
+                whole = [row for row in csv.reader(file) if len(row) == len(self.columns)]
+            kept = [row for row in whole[1:] if int(row[0]) <= keep]  # the last one may be torn
         partial = path.with_name(path.name + ".partial")
         with partial.open("w", newline="") as file:
             csv.writer(file).writerows([self.columns, *kept])
@@ -125,13 +128,10 @@ def write_events(
     metrics: dict[str, Float[np.ndarray, "seeds updates"]],
     scores: dict[str, Float[np.ndarray, " seeds"]],
 ) -> None:
-    """TensorBoard scalars, means over seeds; `update` is the last one of `metrics`."""
-    for name, values in metrics.items():
-        for i, column in enumerate(values.T):
-            if not np.isnan(column).all():
-                events.add_scalar(name, np.nanmean(column), update - values.shape[1] + 1 + i)
-    for name, values in scores.items():
-        events.add_scalar(name, values.mean(), update)
+    """TensorBoard scalars at `update`, means over seeds and the updates of `metrics`."""
+    for name, values in {**metrics, **scores}.items():
+        if not np.isnan(values).all():
+            events.add_scalar(name, np.nanmean(values), update)
 
 
 def mean_return(
@@ -162,7 +162,7 @@ def read_curve(out: Path, label: str, *, bins: int = 100) -> plotting.Curve:
 def summarise(
     out: Path, *, title: str, seeds: np.ndarray, clock: dict[str, float], env_steps: int
 ) -> dict[str, Any]:
-    """Write `summary.json` and `curve.png`, print the table, return the summary.
+    """Write `summary.json` and `curve.png`, and return the summary.
 
     The final return is that of the sampled policy over the episodes that ended in the last
     tenth of training (or, if none did, of its last evaluation); the noise-free one is from the
@@ -192,11 +192,11 @@ def summarise(
     }
     write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     plotting.learning_curve(out / "curve.png", [read_curve(out, "sampled policy")], title=title)
-    print(_table(out, summary))
     return summary
 
 
-def _table(out: Path, summary: dict[str, Any]) -> str:
+def table(out: Path, summary: dict[str, Any]) -> str:
+    """The summary for a terminal."""
     rows = [f"{'seed':>8}  {'return':>10}  {'noise-free':>10}"]
     for seed, sampled, free in zip(
         summary["seeds"], summary["final_return"], summary["final_return_noise_free"], strict=True
@@ -209,8 +209,8 @@ def _table(out: Path, summary: dict[str, Any]) -> str:
     rows.append(f"{'IQM':>8}  {iqm:>10.4g}  95% interval [{low:.4g}, {high:.4g}] over seeds")
     rows.append(
         f"{summary['env_steps']:,} steps per seed, {summary['steps_per_second']:,.0f} steps/s in "
-        f"all; compiled in {summary['compile_seconds']:.1f} s, trained in "
-        f"{summary['train_seconds']:.1f} s"
+        f"all; {summary['compile_seconds']:.1f} s compiling, {summary['train_seconds']:.1f} s "
+        f"training, {summary['evaluate_seconds']:.1f} s evaluating"
     )
     rows.append(f"curve, metrics and checkpoints: {out}")
     return "\n".join(rows)

@@ -13,8 +13,8 @@ import pytest
 from jax import lax
 
 from scripts import ppo, reinforce
-from spg import training
-from spg.records import read_metrics
+from spg import cli, training
+from spg.records import open_run, read_metrics
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"num_envs": 4, "num_seeds": 2, "z_size": 4, "eval_episodes": 2, "hidden": (8,)}
@@ -27,7 +27,8 @@ CHAIN = {"env": "MemoryChain-bsuite", "observe": "all"}
 
 def two_updates(script, config, tmp_path):
     config = replace(config, out=str(tmp_path / "run"))
-    training.run(config, script.make(config))
+    algorithm = script.make(config)
+    training.run(config, algorithm, open_run(config, algorithm.name))
     data = read_metrics(tmp_path / "run")
     assert data["update"].shape == (2, 2)
     return data
@@ -60,7 +61,7 @@ ONE_GRADIENT = replace(PPO, num_epochs=1, num_minibatches=1)
 @pytest.mark.parametrize(("script", "config"), [(ppo, ONE_GRADIENT), (reinforce, REINFORCE)])
 def test_training_vmaps_over_learning_rate_and_gamma(script, config):
     config = replace(config, **CHAIN)
-    env = training.make_env(config)
+    env = cli.make_env(config)
 
     def train(learning_rate, gamma, key):
         swept = replace(config, learning_rate=learning_rate, gamma=gamma)
@@ -87,7 +88,7 @@ def test_training_vmaps_over_learning_rate_and_gamma(script, config):
 def test_first_ppo_ratio_is_one_also_after_updates():
     """Observation statistics move between updates only, so each update starts at π = π_old."""
     config = replace(ONE_GRADIENT, **CHAIN)
-    env = training.make_env(config)
+    env = cli.make_env(config)
     state = ppo.init(config, env, jr.key(0))
     step = jax.jit(partial(ppo.step, config, env))
     for _ in range(3):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,14 +17,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from spg import training
+from spg import cli, records, training
 from spg.records import RunError, read_metrics
 
 ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Config(training.RunConfig):
+class Config(cli.RunConfig):
     checkpoints: int = 2
     rate: float = 0.5
 
@@ -64,6 +65,10 @@ def walk(config: Config, *, num_updates: int = 20, break_at: int = -1) -> traini
     )
 
 
+def run(config: Config, algorithm: training.Algorithm) -> dict:
+    return training.run(config, algorithm, records.open_run(config, algorithm.name))
+
+
 def saved(out: Path) -> dict:
     """The arrays of the last checkpoint."""
     manager = ocp.CheckpointManager((out / "checkpoints").absolute())
@@ -74,14 +79,14 @@ def assert_same_run(a: Path, b: Path) -> None:
     one, two = saved(a), saved(b)
     assert one.keys() == two.keys()
     assert len(one) > 2
-    for k in one.keys() - {"seconds"}:
+    for k in one.keys() - {"train_seconds", "evaluate_seconds"}:
         np.testing.assert_array_equal(one[k], two[k])
     assert (a / "metrics.csv").read_text() == (b / "metrics.csv").read_text()
 
 
 def test_run_leaves_a_complete_directory(tmp_path):
     config = Config(out=str(tmp_path / "run"), num_seeds=3, seed=5)
-    summary = training.run(config, walk(config))
+    summary = run(config, walk(config))
     out = tmp_path / "run"
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert json.loads((out / "config.json").read_text())["rate"] == 0.5
@@ -104,54 +109,54 @@ def test_run_leaves_a_complete_directory(tmp_path):
 def test_seeds_are_independent_of_how_many_run(tmp_path):
     for n, seed in ((1, 2), (3, 0)):
         config = Config(out=str(tmp_path / str(n)), num_seeds=n, seed=seed)
-        training.run(config, walk(config))
+        run(config, walk(config))
     one, three = read_metrics(tmp_path / "1"), read_metrics(tmp_path / "3")
     np.testing.assert_allclose(one["loss"][0], three["loss"][2], rtol=1e-6)
 
 
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     config = Config(out=str(tmp_path / "whole"))
-    training.run(config, walk(config))
+    run(config, walk(config))
     half = replace(config, out=str(tmp_path / "half"))
     stop = walk(config)._replace(num_updates=10)
-    training.run(replace(half, checkpoints=1), stop)
+    run(replace(half, checkpoints=1), stop)
     path = tmp_path / "half" / "config.json"
     path.write_text(path.read_text().replace('"checkpoints": 1', '"checkpoints": 2'))
     with (tmp_path / "half" / "metrics.csv").open("a") as file:
-        file.write("11,0,110,torn row of a killed run\n")
-    training.run(replace(half, resume=True), walk(config))
+        file.write("11,0,110,1,2,3\n1")  # beyond the checkpoint, and torn by the kill
+    run(replace(half, resume=True), walk(config))
     assert_same_run(tmp_path / "whole", tmp_path / "half")
 
 
 def test_directory_that_holds_a_run_is_refused_and_untouched(tmp_path):
     config = Config(out=str(tmp_path / "run"), num_seeds=2)
-    training.run(config, walk(config))
+    run(config, walk(config))
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     with pytest.raises(RunError, match=r"holds a run; --resume goes on"):
-        training.run(config, walk(config))
+        run(config, walk(config))
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
 def test_resumption_names_the_fields_that_differ(tmp_path):
     config = Config(out=str(tmp_path / "run"), num_seeds=2)
-    training.run(config, walk(config))
+    run(config, walk(config))
     other = replace(config, resume=True, rate=0.25)
     with pytest.raises(RunError, match=r"rate \(was 0.5, now 0.25\)$"):
-        training.run(other, walk(other))
+        run(other, walk(other))
 
 
 def test_resumption_without_a_run_is_refused(tmp_path):
     config = Config(out=str(tmp_path / "nothing"), resume=True)
     with pytest.raises(RunError, match="holds no run"):
-        training.run(config, walk(config))
+        run(config, walk(config))
     with pytest.raises(RunError, match="--resume needs --out"):
-        training.run(replace(config, out=None), walk(config))
+        run(replace(config, out=None), walk(config))
 
 
 def test_nan_stops_with_seed_and_update_and_keeps_the_last_good_checkpoint(tmp_path):
     config = Config(out=str(tmp_path / "run"), num_seeds=2)
     with pytest.raises(RunError, match=r"seed 0, update 14: .* not finite"):
-        training.run(config, walk(config, break_at=13))
+        run(config, walk(config, break_at=13))
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["10"]
     assert all(np.isfinite(x).all() for x in saved(tmp_path / "run").values())
 
@@ -165,7 +170,7 @@ def test_a_step_is_traced_once_whatever_the_number_of_chunks(tmp_path):
         traces.append(1)
         return algorithm.step(state)
 
-    training.run(config, algorithm._replace(step=step))
+    run(config, algorithm._replace(step=step))
     assert len(traces) <= 3  # twice for the shapes of the metrics, once to compile
 
 
@@ -196,22 +201,44 @@ def start_ppo(cache: dict, *arguments: str, **environment: str) -> subprocess.Po
     )
 
 
-def test_killed_run_resumes_to_the_same_bits(tmp_path, ppo):
-    length = ["--total-steps=64000", "--checkpoints=40"]
-    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
-    process = ppo("--out", killed, *length)
-    metrics = tmp_path / "killed" / "metrics.csv"
+@pytest.mark.parametrize("rows_after_checkpoint", [2, 30])
+def test_killed_run_resumes_to_the_same_bits(rows_after_checkpoint, tmp_path, whole_run, ppo):
+    out = tmp_path / "killed"
+    process = ppo("--out", str(out), *LENGTH)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size > 9000):
-        time.sleep(0.01)
+    while time.monotonic() < deadline and rows_beyond_checkpoint(out) < rows_after_checkpoint:
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (tmp_path / "killed" / "summary.json").exists(), "it was not killed in the middle"
-    assert (tmp_path / "killed" / "checkpoints").exists()
-    for arguments in (["--out", killed, "--resume"], ["--out", whole]):
-        process = ppo(*arguments, *length)
-        assert process.wait() == 0, process.communicate()[1]
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert not (out / "summary.json").exists(), "the run ended before it was killed"
+    assert checkpointed(out), "there is no checkpoint to resume from"
+    process = ppo("--out", str(out), "--resume", *LENGTH)
+    assert process.wait() == 0, process.communicate()[1]
+    assert_same_run(whole_run, out)
+
+
+LENGTH = ["--total-steps=192000", "--checkpoints=12"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, ppo):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    process = ppo("--out", str(out), *LENGTH)
+    assert process.wait() == 0, process.communicate()[1]
+    return out
+
+
+def checkpointed(out: Path) -> list[int]:
+    """The updates of the complete checkpoints."""
+    return sorted(int(p.name) for p in (out / "checkpoints").glob("*") if p.name.isdigit())
+
+
+def rows_beyond_checkpoint(out: Path) -> int:
+    steps = checkpointed(out)
+    if not steps:
+        return 0
+    rows = (out / "metrics.csv").read_text().splitlines()[1:]
+    return sum(int(row.split(",")[0]) > steps[-1] for row in rows if "," in row)
 
 
 def test_seeds_are_sharded_over_forced_devices(tmp_path, ppo):
@@ -243,18 +270,37 @@ def test_seeds_are_sharded_over_forced_devices(tmp_path, ppo):
         (["--cell=gruu"], "gru"),
         (["--backend=sprong"], "spring"),
         (["--total-steps=10"], "less than one update"),
+        (["--checkpoints=0"], "checkpoints is 0"),
+        (["--action-std=0"], "action_std is 0"),
     ],
 )
-def test_user_errors_are_one_line_and_status_2(arguments, message, capsys, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
-    monkeypatch.setattr(sys, "argv", ["ppo.py", *SMALL, "--out", str(tmp_path / "x"), *arguments])
-    import ppo as script
-
-    with pytest.raises(SystemExit) as stop:
-        training.cli(script.Config, script.make)
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert message in err
-    assert "Traceback" not in err
+def test_user_errors_are_one_line_and_status_2(arguments, message, command, tmp_path):
+    assert message in command(*arguments, "--out", str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs the command line of `scripts/ppo.py` in this process; its message on status 2."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    from scripts import ppo as script
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["ppo.py", *SMALL, *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main(script.Config, script.make)
+        assert stop.value.code == 2
+        err = capsys.readouterr().err
+        assert "Traceback" not in err
+        return err
+
+    return run
+
+
+def test_running_over_a_run_diverging_and_resuming_otherwise_end_with_status_2(command, tmp_path):
+    out = ["--out", str(tmp_path / "run"), "--total-steps=320", "--checkpoints=2"]
+    diverges = command(*out, "--learning-rate=1e30", "--max-grad-norm=1e30")
+    assert re.search(r"error: seed 0, update \d: a loss or parameter is not finite", diverges)
+    assert "holds a run" in command(*out)
+    assert "learning_rate (was 1e+30, now 0.001)" in command(*out, "--resume")

@@ -89,7 +89,7 @@ def test_bounds_are_the_sums_of_the_theorems():
 def test_script_leaves_table_and_picture_and_overwrites_nothing(run):
     files = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
     assert set(files) == {"config.json", "variance.csv", "variance.png"}
-    with pytest.raises(variance.records.RunError, match="not an empty directory"):
+    with pytest.raises(variance.records.RunError, match="holds a run"):
         variance.main(variance.Config(out=str(run)))
     assert files == {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ppo
 import tyro
 
-from spg import plotting, records, training
+from spg import cli, plotting, records, training
 
 Task = Literal[
     "cartpole", "memorychain", "tmaze10", "tmaze50", "recall10", "recall50",
@@ -88,12 +88,14 @@ def task(name: Task) -> tuple[ppo.Config, list[str]]:
 
 
 def train(config: ppo.Config, out: Path) -> dict[str, Any]:
-    """The summary of a run, from its directory if it is complete."""
+    """The summary of a run; of the same configuration, if its directory is there already."""
+    config = replace(config, out=str(out), resume=(out / "config.json").exists())
+    algorithm = ppo.make(config)
+    records.open_run(config, algorithm.name)
     if (out / "summary.json").exists():
         return json.loads((out / "summary.json").read_text())
-    config = replace(config, out=str(out), resume=(out / "config.json").exists())
-    print(f"\n{config.env}, {out.name}")
-    return training.run(config, ppo.make(config))
+    print(f"{config.env}, {out.name}", file=sys.stderr)
+    return training.run(config, algorithm, out)
 
 
 def main(config: Config) -> None:
@@ -133,8 +135,8 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     arguments = tyro.cli(Config)
-    training.use_cores(arguments.num_seeds)
+    cli.use_cores(arguments.num_seeds)
     try:
         main(arguments)
     except (ValueError, records.RunError) as error:
-        training.fail(error)
+        cli.fail(error)

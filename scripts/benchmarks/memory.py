@@ -33,13 +33,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ppo
 
-from spg import records, training
+from spg import cli, records
 from spg.kernels.cells import Linear
 from spg.rollout import rollout
 
 
 @dataclass(frozen=True)
-class Config(training.EnvConfig):
+class Config(cli.EnvConfig):
     seed: int = 0
     num_seeds: int = 1
     """trainings vmapped into each program"""
@@ -83,7 +83,7 @@ def methods(config: Config) -> list[Method]:
     as S2PG, in one hidden layer or in one more than S2PG's head, as its cell is one more."""
     make = partial(
         ppo.Config,
-        **{k: v for k, v in vars(config).items() if k in training.EnvConfig.__dataclass_fields__},
+        **{k: v for k, v in vars(config).items() if k in cli.EnvConfig.__dataclass_fields__},
         total_steps=1000 * config.num_envs * config.num_steps,
         num_envs=config.num_envs, num_steps=config.num_steps, num_epochs=config.num_epochs,
         num_minibatches=config.num_minibatches, z_size=config.z_size,
@@ -155,7 +155,7 @@ def act_randomly(config: ppo.Config, env: ppo.Env, state: ppo.State) -> Any:
 def measure(config: Config, compared: list[Method]) -> tuple[np.ndarray, list[Timings]]:
     """Seconds of the environment steps alone, and of each method, repeat by repeat."""
     keys = jax.vmap(jr.key)(jnp.arange(config.seed, config.seed + config.num_seeds))
-    env = training.make_env(config)
+    env = cli.make_env(config)
     programs, arguments, compile_seconds = [], [], []
     rollouts: dict[tuple, int] = {}  # BPTT of any length acts alike: timed once
 
@@ -274,7 +274,7 @@ def machine() -> str:
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    training.check_positive(config, "repeats", "num_seeds")
+    cli.check_positive(config, "repeats", "num_seeds")
     compared = methods(config)
     for method in compared:
         ppo.make(method.config)  # whatever cannot run is refused before the directory is made
@@ -297,5 +297,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Config))
     except (ValueError, records.RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        cli.fail(error)

@@ -13,12 +13,10 @@ is J(τ) Σ_t ∇ log π over one whole episode.
 """
 
 import csv
-import json
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,7 +28,7 @@ import tyro
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from spg import records
+from spg import cli, records
 from spg.distributions import Normal
 from spg.estimators.bounds import Constants, bptt_variance_bound, s2pg_variance_bound
 from spg.estimators.score import score_estimate
@@ -45,8 +43,8 @@ class Config:
     seed: int = 0
     num_seeds: int = 4
     """independent measurements of every point"""
-    out: str = "runs/variance"
-    """directory for config.json, variance.csv and variance.png"""
+    out: str | None = None
+    """directory of the results; by default a new one under runs/"""
     decays: tuple[float, ...] = (0.5, 0.9, 1.1)
     """Z = |dz'/dz|, a panel each"""
     lengths: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
@@ -59,6 +57,7 @@ class Config:
     """noise on z' in S2PG"""
     action_std: float = 0.5
     gamma: float = 1.0
+    resume: ClassVar[bool] = False
 
 
 class Affine(eqx.Module):
@@ -206,11 +205,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def main(config: Config) -> None:
-    out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise records.RunError(f"{out} is not an empty directory; name another one with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    records.write(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+    out = records.open_run(config, "variance")
     rows = measure(config)
     with (out / "variance.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -232,5 +227,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Config))
     except records.RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        cli.fail(error)

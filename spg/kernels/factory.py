@@ -56,10 +56,10 @@ class PolicyConfig:
 def make_kernel(config: PolicyConfig, env: Any, env_params: Any, *, key: PRNGKeyArray) -> Kernel:
     """The kernel that `config` names, sized for a Gymnax environment.
 
-    s2pg draws z' ~ N(cell(o, z), σ²), σ learned from state_std on; bptt computes z' = cell(o, z); window keeps the
-    last `window` observations; none and oracle have no memory (the oracle's environment shows
-    the full state). Raises ValueError for an action space that is neither Discrete nor a Box of
-    one axis.
+    s2pg draws z' ~ N(cell(o, z), σ²), σ learned from state_std on; bptt computes z' = cell(o, z);
+    window keeps the last `window` observations; none and oracle have no memory (the oracle's
+    environment shows the full state). Raises ValueError for an action space that is neither
+    Discrete nor a Box of one axis.
     """
     from gymnax.environments import spaces  # here: importing gymnax starts JAX's backend
 

@@ -1,0 +1,118 @@
+"""The command line of the scripts: shared options, and errors in one line."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn, TypeVar
+
+import jax
+import tyro
+
+from spg import records, training
+from spg.types import Environment
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every script offers."""
+
+    seed: int = 0
+    """of the first run; the others take the next integers"""
+    num_seeds: int = 4
+    """independent trainings, vmapped into one program"""
+    out: str | None = None
+    """directory of the run; by default a new one under runs/"""
+    resume: bool = False
+    """go on from the last checkpoint in --out, to the same bits"""
+    checkpoints: int = 20
+    """how many checkpoints, each with an evaluation, a run writes (at most one an update)"""
+    eval_episodes: int = 16
+    """fresh episodes of each evaluation, sampled and noise-free, per seed"""
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """What every script that opens an environment offers."""
+
+    env: str = "CartPole-v1"
+    """a Gymnax environment, brax/<name>, or one of ours: TMaze-memory, RepeatFirst-memory"""
+    observe: Literal["all", "positions", "velocities", "state"] = "positions"
+    """what the policy sees"""
+    previous_action: bool = False
+    """append the previous action to the observation"""
+    privileged: bool = False
+    """show the critic the full state"""
+    backend: Literal["generalized", "spring", "positional", "mjx"] | None = None
+    """physics of Brax; by default spring, the fastest on a CPU"""
+    env_params: dict[str, float] = field(default_factory=dict)
+    """parameters of the environment to change, e.g. --env-params length 50"""
+
+
+def describe(config: EnvConfig, *, oracle: bool = False) -> str:
+    """What is observed of which environment, for titles."""
+    return f"{config.env}, observing {'state' if oracle else config.observe}"
+
+
+def make_env(config: EnvConfig, *, oracle: bool = False) -> tuple[Environment, Any]:
+    """The environment that `config` names, and its parameters; an oracle sees the full state."""
+    from spg import envs  # here: importing gymnax starts JAX's backend, and `cli` sets its devices
+
+    return envs.make(
+        config.env,
+        observe="state" if oracle else config.observe,
+        previous_action=config.previous_action,
+        privileged=config.privileged,
+        backend=config.backend,
+        **{k: int(v) if v == int(v) else v for k, v in config.env_params.items()},
+    )
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def main(config_type: type[C], make: Callable[[C], training.Algorithm]) -> None:
+    """Parse the command line, train, and print the table of the final returns.
+
+    Ends with status 2 and one line where the user erred, with 130 when interrupted.
+    """
+    config = tyro.cli(config_type)
+    try:
+        check_positive(config, "num_seeds", "checkpoints", "eval_episodes")
+        use_cores(config.num_seeds)
+        algorithm = make(config)
+        directory = records.open_run(config, algorithm.name)
+    except (ValueError, OSError, records.RunError) as error:
+        fail(error)
+    again = f"--out {directory} --resume goes on from the last checkpoint"
+    print(f"{algorithm.title}; run directory {directory}", file=sys.stderr)
+    try:
+        print(records.table(directory, training.run(config, algorithm, directory)))
+    except (records.RunError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command with {again}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def use_cores(num_seeds: int) -> None:
+    """Make the cores of a CPU devices, over which the seeds are sharded; call before JAX starts.
+
+    A core for each seed is faster than all cores on each small operation.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", training.largest_divisor(num_seeds, cores))
+
+
+def fail(error: Exception) -> NoReturn:
+    """End the process with one line and status 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is not at least 1."""
+    for name in names:
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"{name} is {value}; it has to be at least 1")
