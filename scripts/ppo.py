@@ -195,6 +195,7 @@ def make(config: Config) -> training.Algorithm:
         evaluate=lambda state, key: evaluation(
             state.agent.kernel, *env, num_episodes=config.eval_episodes, key=key
         ),
+        film=lambda state: cli.film(state.agent.kernel, *env),
         num_updates=config.num_updates,
         steps_per_update=config.num_envs * config.num_steps,
     )

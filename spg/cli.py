@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeVar
 
 import jax
+import jax.random as jr
 import tyro
 
 from spg import records, training
+from spg.kernels.kernel import Kernel
+from spg.rollout import watch
 from spg.types import Environment
 
 
@@ -66,6 +69,16 @@ def make_env(config: EnvConfig, *, oracle: bool = False) -> tuple[Environment, A
         backend=config.backend,
         **{k: int(v) if v == int(v) else v for k, v in config.env_params.items()},
     )
+
+
+def film(kernel: Kernel, env: Environment, env_params: Any, *, num_steps: int = 300) -> str | None:
+    """A page that plays the noise-free policy in Brax; None for other environments."""
+    from spg import envs
+
+    if not isinstance(env, envs.Adapter) or not isinstance(env.inner, envs.Brax):
+        return None
+    play = jax.jit(lambda kernel, key: watch(kernel, env, env_params, num_steps=num_steps, key=key))
+    return envs.render(env.inner, play(kernel, jr.key(0)).env)
 
 
 C = TypeVar("C", bound=RunConfig)

@@ -108,6 +108,22 @@ def evaluate(
     return carry.episode_return
 
 
+def watch(
+    kernel: Kernel, env: Environment, env_params: Any, *, num_steps: int, key: PRNGKeyArray
+) -> PyTree:
+    """The environment's states `[num_steps, ...]` under the noise-free policy, after a reset."""
+    reset_key, key = jr.split(key)
+    start = reset(kernel, env, env_params, key=reset_key)
+
+    def step(carry, key):
+        env_state, obs, z, first = carry
+        action, z_next = kernel.mode(obs, kernel.reset(first, z))
+        obs, next_state, _, terminated, truncated, _ = env.step(key, env_state, action, env_params)
+        return (next_state, obs, z_next, terminated | truncated), env_state
+
+    return lax.scan(step, start[:4], jr.split(key, num_steps))[1]
+
+
 def evaluation(
     kernel: Kernel, env: Environment, env_params: Any, *, num_episodes: int, key: PRNGKeyArray
 ) -> dict[str, Float[Array, ""]]:

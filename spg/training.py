@@ -3,7 +3,7 @@
 An algorithm is `init(key) -> state` and `step(state) -> (state, metrics)`, pure, with all its
 randomness in the state. `run` vmaps it over seeds, shards these over devices, compiles a chunk of
 updates once, and keeps a run directory: `config.json`, `metrics.csv`, `summary.json`,
-`curve.png`, `checkpoints/` and TensorBoard events.
+`curve.png`, `checkpoints/`, TensorBoard events, and `rollout.html` where Brax can draw one.
 """
 
 import time
@@ -45,7 +45,7 @@ class Algorithm(NamedTuple):
     evaluate: Callable[[PyTree, PRNGKeyArray], dict[str, jax.Array]]
     num_updates: int
     steps_per_update: int  # environment steps
-    replay: Callable[[PyTree], str] | None = None  # an episode as a page, `rollout.html`
+    film: Callable[[PyTree], str | None]  # an episode as a page, `rollout.html`, if there is one
 
 
 def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
@@ -123,8 +123,8 @@ def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
         bar.close()
         events.close()
         checkpoints.close()
-    if algorithm.replay is not None:
-        records.write(out / "rollout.html", algorithm.replay(jax.tree.map(lambda x: x[0], state)))
+    if (page := algorithm.film(jax.tree.map(lambda x: x[0], state))) is not None:
+        records.write(out / "rollout.html", page)
     return records.summarise(
         out,
         title=algorithm.title,

@@ -46,6 +46,14 @@ def test_ppo_runs_with_continuous_actions_and_a_privileged_critic(tmp_path):
     two_updates(ppo, config, tmp_path)
 
 
+def test_ppo_runs_on_brax_and_leaves_a_page_that_plays_the_policy(tmp_path):
+    words = {"env": "brax/inverted_pendulum", "env_params": {"max_steps_in_episode": 20}}
+    two_updates(ppo, replace(PPO, backend="positional", **words), tmp_path)
+    page = (tmp_path / "run" / "rollout.html").read_text()
+    assert "<html>" in page
+    assert len(page) > 10_000
+
+
 @pytest.mark.parametrize(
     ("estimator", "memory", "segment_length"),
     [("reinforce", "s2pg", 0), ("gpomdp", "s2pg", 3), ("gpomdp", "bptt", 0)],

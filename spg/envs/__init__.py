@@ -17,9 +17,10 @@ from jaxtyping import Array, ArrayLike
 
 from spg.envs import brax
 from spg.envs.adapters import Adapter, AdapterState, View, entries, flat, own, own_and_state
+from spg.envs.brax import Brax, render
 from spg.envs.memory import RepeatFirst, TMaze
 
-__all__ = ["Adapter", "AdapterState", "RepeatFirst", "TMaze", "make"]
+__all__ = ["Adapter", "AdapterState", "Brax", "RepeatFirst", "TMaze", "make", "render"]
 
 OBSERVABLE = ("all", "positions", "velocities", "state")
 _OWN = {"TMaze-memory": TMaze, "RepeatFirst-memory": RepeatFirst}
@@ -73,13 +74,13 @@ def make(
 
 
 def _full_view(env: Environment) -> View:
-    has_velocities = env.name in _VELOCITY_FIELDS or isinstance(env, brax.Brax)
+    has_velocities = env.name in _VELOCITY_FIELDS or isinstance(env, Brax)
     return own if has_velocities else own_and_state
 
 
 def _velocity_entries(env: Environment, params: Any) -> np.ndarray | None:
     """Entries of the observation that change with the velocities: [D] bool, or None if unknown."""
-    if isinstance(env, brax.Brax):
+    if isinstance(env, Brax):
         return brax.velocity_entries(env)
     if env.name not in _VELOCITY_FIELDS:
         return None

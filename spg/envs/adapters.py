@@ -39,7 +39,7 @@ class Adapter(Environment):
         critic: View | None = None,
         previous_action: bool = False,
     ):
-        self._env, self._params = env, env_params
+        self.inner, self._params = env, env_params
         self._policy, self._critic, self._previous_action = policy, critic, previous_action
         self._discrete_obs = isinstance(env.observation_space(env_params), spaces.Discrete)
         key = jr.key(0)
@@ -61,8 +61,8 @@ class Adapter(Environment):
         return self._params
 
     def reset_env(self, key: PRNGKeyArray, params: Any) -> tuple[PyTree, AdapterState]:
-        obs, env_state = self._env.reset_env(key, params)
-        size = self._env.num_actions
+        obs, env_state = self.inner.reset_env(key, params)
+        size = self.inner.num_actions
         state = AdapterState(self._cast(env_state), jnp.zeros(size, jnp.float32))
         return self._see(obs, state, params), state
 
@@ -70,32 +70,34 @@ class Adapter(Environment):
         self, key: PRNGKeyArray, state: AdapterState, action: ArrayLike, params: Any
     ) -> tuple[PyTree, AdapterState, Array, Array, dict]:
         inner, vector = self._convert(action, params)
-        obs, env_state, reward, terminated, info = self._env.step_env(key, state.env, inner, params)
+        obs, env_state, reward, terminated, info = self.inner.step_env(
+            key, state.env, inner, params
+        )
         state = AdapterState(self._cast(env_state), vector)
         obs = self._see(obs, state, params)
         return obs, state, jnp.asarray(reward, jnp.float32), jnp.asarray(terminated, bool), info
 
     def observe(self, key: PRNGKeyArray, state: AdapterState, action: Any, params: Any) -> PyTree:
         """The observation of a state. (MemoryChain's `step` gives that of the state before.)"""
-        return self._see(self._env.observe(key, state.env, action, params), state, params)
+        return self._see(self.inner.observe(key, state.env, action, params), state, params)
 
     def is_truncated(self, state: AdapterState, params: Any) -> Array:
-        return jnp.asarray(self._env.is_truncated(state.env, params), bool)
+        return jnp.asarray(self.inner.is_truncated(state.env, params), bool)
 
     def is_terminated(self, state: AdapterState, params: Any) -> Array:
-        return jnp.asarray(self._env.is_terminated(state.env, params), bool)
+        return jnp.asarray(self.inner.is_terminated(state.env, params), bool)
 
     @property
     def name(self) -> str:
-        return self._env.name
+        return self.inner.name
 
     @property
     def num_actions(self) -> int:
-        return self._env.num_actions
+        return self.inner.num_actions
 
     def action_space(self, params: Any = None) -> spaces.Discrete | spaces.Box:
         """Discrete, or [-1, 1]^A whatever the environment's own bounds are."""
-        space = self._env.action_space(self._params if params is None else params)
+        space = self.inner.action_space(self._params if params is None else params)
         if isinstance(space, spaces.Discrete):
             return space
         return spaces.Box(-1.0, 1.0, (self.num_actions,), jnp.float32)
@@ -110,7 +112,7 @@ class Adapter(Environment):
 
     def _convert(self, action: ArrayLike, params: Any) -> tuple[Array, Float[Array, " A"]]:
         """The action as the environment takes it, and as a vector."""
-        space = self._env.action_space(params)
+        space = self.inner.action_space(params)
         if isinstance(space, spaces.Discrete):
             action = jnp.asarray(action, space.dtype)
             return action, jax.nn.one_hot(action, space.n, dtype=jnp.float32)
@@ -120,7 +122,7 @@ class Adapter(Environment):
 
     def _see(self, obs: PyTree, state: AdapterState, params: Any) -> PyTree:
         if self._discrete_obs:
-            obs = jax.nn.one_hot(obs, self._env.observation_space(params).n)
+            obs = jax.nn.one_hot(obs, self.inner.observation_space(params).n)
         obs = flat(obs)
         action = [state.previous_action] if self._previous_action else []
         policy = jnp.concatenate([self._policy(obs, state.env), *action])

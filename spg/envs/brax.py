@@ -138,6 +138,18 @@ def velocity_entries(env: Brax) -> np.ndarray | None:
     return np.asarray(observe(slow) != observe(fast))
 
 
+def render(env: Brax, states: BraxState) -> str:
+    """A page that plays `states`, `[T, ...]`, at the speed of the world.
+
+    The page loads its viewer from Brax's server, so that it needs a network to be looked at.
+    """
+    with _quiet():
+        from brax.io import html
+    leaves, structure = jax.tree.flatten(jax.device_get(states.brax.pipeline_state))
+    frames = [structure.unflatten(frame) for frame in zip(*leaves, strict=True)]
+    return html.render(env.brax.sys.tree_replace({"opt.timestep": env.brax.dt}), frames)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Swallow what Brax and MuJoCo print, warn and log about themselves while they load."""
