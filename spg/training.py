@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -56,7 +56,7 @@ def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
     """
     seeds = np.arange(config.seed, config.seed + config.num_seeds)
     num_devices = largest_divisor(config.num_seeds, jax.device_count())
-    mesh = jax.make_mesh((num_devices,), ("seed",), devices=jax.devices()[:num_devices])
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("seed",))
     sharding = NamedSharding(mesh, PartitionSpec("seed"))
     over_seeds = partial(jax.shard_map, mesh=mesh, out_specs=PartitionSpec("seed"), check_vma=False)
     marks = _marks(algorithm.num_updates, config.checkpoints * SLICES)
