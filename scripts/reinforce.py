@@ -3,7 +3,7 @@
 REINFORCE-RS and GPOMDP-RS of Al-Hafez et al. (2024): the score of the joint law of actions and
 internal states, so that nothing is propagated back through time.
 
-    python scripts/reinforce.py                      # S2PG-REINFORCE on MemoryChain
+    python scripts/reinforce.py                      # S2PG-REINFORCE on RepeatFirst
     python scripts/reinforce.py --estimator gpomdp --memory bptt
 """
 
@@ -28,23 +28,20 @@ from spg.types import policy_view
 
 @dataclass(frozen=True)
 class Config(cli.EnvConfig, PolicyConfig, cli.RunConfig):
-    env: str = "MemoryChain-bsuite"
+    env: str = "RepeatFirst-memory"
+    cell: Literal["gru", "linear"] = "linear"
     observe: Literal["all", "positions", "velocities", "state"] = "all"
     estimator: Literal["reinforce", "gpomdp"] = "reinforce"
     """each action is credited with the whole return, or with what follows it"""
-    total_steps: int = 500_000
+    total_steps: int = 1_000_000
     """environment steps of each seed"""
     num_envs: int = 64
     """episodes of one gradient"""
-    num_steps: int = 6
-    """T, the horizon: episodes are cut there"""
+    num_steps: int = 0
+    """T, the horizon, at which episodes are cut; 0: the longest episode of the environment"""
     learning_rate: float = 1e-2
     """of Adam; falls linearly to 0"""
     gamma: float = 1.0
-
-    @property
-    def num_updates(self) -> int:
-        return self.total_steps // (self.num_envs * self.num_steps)
 
 
 class State(NamedTuple):
@@ -56,30 +53,39 @@ class State(NamedTuple):
 Env = tuple[Any, Any]  # a Gymnax environment and its parameters
 
 
-def optimiser(config: Config) -> optax.GradientTransformation:
-    return optax.adam(lambda count: config.learning_rate * (1 - count / config.num_updates))
+def horizon(config: Config, env: Env) -> int:
+    return config.num_steps or int(env[1].max_steps_in_episode)
+
+
+def num_updates(config: Config, env: Env) -> int:
+    return config.total_steps // (config.num_envs * horizon(config, env))
+
+
+def optimiser(config: Config, env: Env) -> optax.GradientTransformation:
+    total = num_updates(config, env)
+    return optax.adam(lambda count: config.learning_rate * (1 - count / total))
 
 
 def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
     kernel_key, key = jr.split(key)
     kernel = make_kernel(config, *env, key=kernel_key)
-    return State(kernel, optimiser(config).init(eqx.filter(kernel, eqx.is_array)), key)
+    return State(kernel, optimiser(config, env).init(eqx.filter(kernel, eqx.is_array)), key)
 
 
 def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array]]:
     """One update: fresh episodes, one gradient."""
     key, reset_key, rollout_key = jr.split(state.key, 3)
-    kernel = state.kernel
+    kernel, num_steps = state.kernel, horizon(config, env)
     start = jax.vmap(lambda k: reset(kernel, *env, key=k))(jr.split(reset_key, config.num_envs))
-    run = partial(rollout, kernel, *env, num_steps=config.num_steps)
+    run = partial(rollout, kernel, *env, num_steps=num_steps)
     rollout_keys = jr.split(rollout_key, config.num_envs)
     _, trajs, _ = jax.vmap(lambda c, k: run(c, key=k))(start, rollout_keys)
 
     ended = jnp.cumsum(trajs.terminated | trajs.truncated, 1)
     alive = jnp.pad(ended[:, :-1], ((0, 0), (1, 0))) == 0  # up to the first end, included
     reward = trajs.reward * alive
-    discounted = reward * config.gamma ** jnp.arange(config.num_steps)
-    length = config.length(config.num_steps)
+    discounted = reward * config.gamma ** jnp.arange(num_steps)
+    length = config.length(num_steps)
     if config.estimator == "reinforce":
         score = jax.vmap(partial(score_estimate, kernel, segment_length=length))(trajs, alive * 1.0)
         ascent = reinforce(score, discounted.sum(1))
@@ -87,7 +93,7 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
         ascent = gpomdp(kernel, trajs, discounted, alive * 1.0, segment_length=length)
 
     descent = jax.tree.map(jnp.negative, ascent)
-    updates, opt_state = optimiser(config).update(descent, state.opt_state)
+    updates, opt_state = optimiser(config, env).update(descent, state.opt_state)
     kernel = eqx.apply_updates(kernel, updates)
     observed = kernel.normalizer.update(policy_view(trajs.obs))
     kernel = eqx.tree_at(lambda k: k.normalizer, kernel, observed)
@@ -102,9 +108,14 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
 
 def make(config: Config) -> training.Algorithm:
     """What `training.run` takes. Raises ValueError for what cannot run."""
-    cli.check_positive(config, "num_envs", "num_steps", "z_size", "window", "num_updates")
-    config.check(config.num_steps)
+    cli.check_positive(config, "num_envs", "z_size", "window")
     env = cli.make_env(config, oracle=config.memory == "oracle")
+    config.check(horizon(config, env))
+    if num_updates(config, env) < 1:
+        raise ValueError(
+            f"total_steps {config.total_steps} is less than one update of {config.num_envs} "
+            f"episodes of {horizon(config, env)} steps"
+        )
     seen = cli.describe(config, oracle=config.memory == "oracle")
     return training.Algorithm(
         name="reinforce",
@@ -116,8 +127,8 @@ def make(config: Config) -> training.Algorithm:
             state.kernel, *env, num_episodes=config.eval_episodes, key=key
         ),
         film=lambda state: cli.film(state.kernel, *env),
-        num_updates=config.num_updates,
-        steps_per_update=config.num_envs * config.num_steps,
+        num_updates=num_updates(config, env),
+        steps_per_update=config.num_envs * horizon(config, env),
     )
 
 

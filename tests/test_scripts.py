@@ -21,7 +21,9 @@ SMALL = {"num_envs": 4, "num_seeds": 2, "z_size": 4, "eval_episodes": 2, "hidden
 PPO = ppo.Config(
     num_steps=8, num_minibatches=2, num_epochs=2, total_steps=64, checkpoints=1, **SMALL
 )
-REINFORCE = reinforce.Config(total_steps=48, checkpoints=1, **SMALL)
+REINFORCE = reinforce.Config(
+    env_params={"delay": 4}, total_steps=48, checkpoints=1, cell="gru", **SMALL
+)
 CHAIN = {"env": "MemoryChain-bsuite", "observe": "all"}
 
 
@@ -68,7 +70,7 @@ ONE_GRADIENT = replace(PPO, num_epochs=1, num_minibatches=1)
 
 @pytest.mark.parametrize(("script", "config"), [(ppo, ONE_GRADIENT), (reinforce, REINFORCE)])
 def test_training_vmaps_over_learning_rate_and_gamma(script, config):
-    config = replace(config, **CHAIN)
+    config = replace(config, **CHAIN) if script is ppo else config
     env = cli.make_env(config)
 
     def train(learning_rate, gamma, key):
@@ -86,7 +88,7 @@ def test_training_vmaps_over_learning_rate_and_gamma(script, config):
     swept = jax.jit(jax.vmap(train, (0, 0, None)))(rates, gammas, key)
     single = jax.jit(partial(train, float(rates[2]), float(gammas[2])))(key)
     for a, b in zip(jax.tree.leaves(swept), jax.tree.leaves(single), strict=True):
-        np.testing.assert_allclose(a[2], b, rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(a[2], b, rtol=1e-3, atol=1e-3)  # a step of Adam is 1e-2
     norms = swept[1]
     assert norms[0, 0] == pytest.approx(norms[1, 0])  # same gamma: the same first gradient
     assert norms[0, 1] != pytest.approx(norms[1, 1])  # another step size: not the second
