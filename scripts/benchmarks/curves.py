@@ -123,7 +123,9 @@ def main(config: Config) -> None:
                 "steps_per_second": f"{summary['steps_per_second']:.0f}",
             }
         )
-    plotting.learning_curve(out / "curves.png", curves, title=f"{shared.env}, {config.task}")
+    dialled = "".join(f", {k} {v:g}" for k, v in shared.env_params.items())
+    title = cli.describe(shared) + dialled
+    plotting.learning_curve(out / "curves.png", curves, title=title)
     with (out / "curves.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
