@@ -77,20 +77,13 @@ def test_training_vmaps_over_learning_rate_and_gamma(script, config):
         swept = replace(config, learning_rate=learning_rate, gamma=gamma)
         state = script.init(swept, env, key)
         step = lambda state, _: script.step(swept, env, state)
-        state, metrics = lax.scan(step, state, length=2)
-        return training_parameters(state), metrics["gradient_norm"]
-
-    def training_parameters(state):
-        return state.kernel if script is reinforce else state.agent
+        return lax.scan(step, state, length=2)[1]["gradient_norm"]
 
     rates, gammas = jnp.array([1e-2, 1e-3, 1e-2]), jnp.array([0.9, 0.9, 0.5])
     key = jr.key(0)
-    swept = jax.jit(jax.vmap(train, (0, 0, None)))(rates, gammas, key)
+    norms = jax.jit(jax.vmap(train, (0, 0, None)))(rates, gammas, key)
     single = jax.jit(partial(train, float(rates[2]), float(gammas[2])))(key)
-    for a, b in zip(jax.tree.leaves(swept), jax.tree.leaves(single), strict=True):
-        if jnp.issubdtype(b.dtype, jnp.inexact) and b.size:  # single entries: Adam divides by ~0
-            assert np.mean(np.abs(a[2] - b)) < 2e-4  # a step is 1e-2
-    norms = swept[1]
+    np.testing.assert_allclose(norms[2], single, rtol=1e-2)
     assert norms[0, 0] == pytest.approx(norms[1, 0])  # same gamma: the same first gradient
     assert norms[0, 1] != pytest.approx(norms[1, 1])  # another step size: not the second
     assert norms[0, 0] != pytest.approx(norms[2, 0])  # another gamma: not even the first
