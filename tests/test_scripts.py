@@ -22,7 +22,7 @@ PPO = ppo.Config(
     num_steps=8, num_minibatches=2, num_epochs=2, total_steps=64, checkpoints=1, **SMALL
 )
 REINFORCE = reinforce.Config(
-    env_params={"delay": 4}, total_steps=48, checkpoints=1, cell="gru", **SMALL
+    env="TMaze-memory", env_params={"length": 5}, total_steps=48, checkpoints=1, **SMALL
 )
 CHAIN = {"env": "MemoryChain-bsuite", "observe": "all"}
 
@@ -83,7 +83,7 @@ def test_training_vmaps_over_learning_rate_and_gamma(script, config):
     key = jr.key(0)
     norms = jax.jit(jax.vmap(train, (0, 0, None)))(rates, gammas, key)
     single = jax.jit(partial(train, float(rates[2]), float(gammas[2])))(key)
-    np.testing.assert_allclose(norms[2], single, rtol=1e-2)
+    np.testing.assert_allclose(norms[2], single, rtol=1e-3)
     assert norms[0, 0] == pytest.approx(norms[1, 0])  # same gamma: the same first gradient
     assert norms[0, 1] != pytest.approx(norms[1, 1])  # another step size: not the second
     assert norms[0, 0] != pytest.approx(norms[2, 0])  # another gamma: not even the first
