@@ -59,7 +59,7 @@ def make(
     if observe in ("positions", "velocities"):
         velocity = _velocity_entries(env, env_params)
         if velocity is None or not velocity.any():
-            raise ValueError(f"{name!r} shows no velocities to hide; observe='all' or 'state'")
+            raise ValueError(f"{name!r} shows no velocities to hide; observe all or state instead")
         view = partial(entries, np.flatnonzero(velocity == (observe == "velocities")))
     else:
         view = own if observe == "all" else _full_view(env)
