@@ -82,8 +82,8 @@ def task(name: Task) -> tuple[ppo.Config, list[str]]:
             replace(default, env="Pendulum-v1", gamma=0.95, state_std=0.1, total_steps=3_000_000),
             list(METHODS),
         ),
-        "halfcheetah": (replace(brax, env="brax/halfcheetah"), ["S2PG", "none", "oracle"]),
-        "ant": (replace(brax, env="brax/ant"), ["S2PG", "none", "oracle"]),
+        "halfcheetah": (replace(brax, env="brax/halfcheetah"), ["S2PG", "S2PG linear", "none", "oracle"]),
+        "ant": (replace(brax, env="brax/ant"), ["S2PG", "S2PG linear", "none", "oracle"]),
     }[name.rstrip("0123456789")]
 
 
@@ -120,7 +120,6 @@ def main(config: Config) -> None:
                 "iqm": f"{summary['final_return_iqm']:.4g}",
                 "ci95": f"{low:.4g} to {high:.4g}",
                 "noise_free": f"{summary['final_return_noise_free_mean']:.4g}",
-                "steps_per_second": f"{summary['steps_per_second']:.0f}",
             }
         )
     dialled = "".join(f", {k} {v:g}" for k, v in shared.env_params.items())
