@@ -82,7 +82,10 @@ def task(name: Task) -> tuple[ppo.Config, list[str]]:
             replace(default, env="Pendulum-v1", gamma=0.95, state_std=0.1, total_steps=3_000_000),
             list(METHODS),
         ),
-        "halfcheetah": (replace(brax, env="brax/halfcheetah"), ["S2PG", "S2PG linear", "none", "oracle"]),
+        "halfcheetah": (
+            replace(brax, env="brax/halfcheetah"),
+            ["S2PG", "S2PG linear", "none", "oracle"],
+        ),
         "ant": (replace(brax, env="brax/ant"), ["S2PG", "S2PG linear", "none", "oracle"]),
     }[name.rstrip("0123456789")]
 
