@@ -67,7 +67,7 @@ def test_steps_are_those_of_brax_with_a_fresh_reset_per_episode():
     env, params, run = pendulum()
     short = params.replace(max_steps_in_episode=3)
     obs, obs_next, reward, terminated, truncated, final_obs = run(short, jnp.zeros(1), jr.key(5))
-    inner = env._env.brax
+    inner = env.inner.brax
     reset, step = jax.jit(inner.reset), jax.jit(inner.step)
     state = reset(jr.key(5))
     for t, key in enumerate(jr.split(jr.key(5), 24)):
@@ -111,9 +111,9 @@ def test_a_step_leaves_the_callers_state_alone():
 
 def test_backend_and_constructor_keywords_reach_brax():
     env, params = make("brax/reacher", backend="positional", max_steps_in_episode=7)
-    assert (env._env.brax.backend, params.max_steps_in_episode) == ("positional", 7)
+    assert (env.inner.brax.backend, params.max_steps_in_episode) == ("positional", 7)
     env, params = make("brax/hopper", exclude_current_positions_from_observation=False)
-    assert (env._env.brax.backend, env.observation_space(params).shape) == ("spring", (12,))
+    assert (env.inner.brax.backend, env.observation_space(params).shape) == ("spring", (12,))
     with pytest.raises(ValueError, match="did you mean 'reset_noise_scale'"):
         make("brax/hopper", reset_noise=0.1)
 
