@@ -109,9 +109,8 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
         lambda x: x.reshape(num_segments, *x.shape[2:]), split((traj, advantage, target))
     )
     old = jax.vmap(kernel.replay)(segments)
-    update = partial(gradient_step, config)
-
     batch = (segments, old, advantage, targets)
+    update = partial(gradient_step, config)
 
     def epoch(state, key):
         order = shuffle(num_segments, key=key).reshape(config.num_minibatches, -1)

@@ -141,7 +141,7 @@ def largest_divisor(n: int, limit: int) -> int:
 
 def _marks(num_updates: int, count: int) -> list[int]:
     """0, `num_updates`, and marks between that divide it evenly in at most `count` parts."""
-    return np.unique(np.linspace(0, num_updates, count + 1).astype(int)).tolist()
+    return sorted({num_updates * i // count for i in range(count + 1)})
 
 
 def _updates(
