@@ -105,18 +105,25 @@ class TanhNormal(eqx.Module):
 
 
 class Categorical(eqx.Module):
-    """Law of an integer in 0..n-1 with unnormalised log-probabilities `logits`."""
+    """Law of an integer with unnormalised log-probabilities `logits`.
+
+    The integers are 0..n-1, or those of `support` where given, each of which occurs once in it.
+    """
 
     logits: Float[Array, " n"]
+    support: Int[Array, " n"] | None = None
 
     def sample(self, *, key: PRNGKeyArray) -> Int[Array, ""]:
-        return jr.categorical(key, self.logits)
+        return self._value(jr.categorical(key, self.logits))
 
     def mode(self) -> Int[Array, ""]:
-        return jnp.argmax(self.logits)
+        return self._value(jnp.argmax(self.logits))
 
     def log_prob(self, x: Int[Array, ""]) -> Float[Array, ""]:
-        return jax.nn.log_softmax(self.logits)[x]
+        log_p = jax.nn.log_softmax(self.logits)
+        if self.support is None:
+            return log_p[x]
+        return jnp.max(jnp.where(self.support == x, log_p, -jnp.inf))
 
     def entropy(self) -> Float[Array, ""]:
         log_p = jax.nn.log_softmax(self.logits)
@@ -125,6 +132,9 @@ class Categorical(eqx.Module):
 
     def replay(self, x: Int[Array, ""]) -> Int[Array, ""]:
         return x
+
+    def _value(self, i: Int[Array, ""]) -> Int[Array, ""]:
+        return i if self.support is None else self.support[i]
 
 
 def _log_tanh_slope(u: Array) -> Array:

@@ -17,18 +17,10 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from spg.kernels.cells import Computed
-from spg.kernels.finite import TableCell, TableHead
+from spg.kernels.finite import FiniteCell, tables
 from spg.kernels.kernel import Kernel
+from spg.models import TabularPOMDP
 from spg.types import Scalar, Transition
-
-
-class TabularPOMDP(NamedTuple):
-    """Finite world; observations reach a kernel as one-hot vectors."""
-
-    transition: Float[Array, "S A S"]  # P(s' | s, a)
-    observation: Float[Array, "S O"]  # O(o | s)
-    reward: Float[Array, "S A"]  # r(s, a)
-    start: Float[Array, " S"]  # law of the first state
 
 
 class Values(NamedTuple):
@@ -98,10 +90,10 @@ def stationary_law(kernel: Kernel, pomdp: TabularPOMDP) -> Float[Array, "S G"]:
 
 def joint_policy(kernel: Kernel, pomdp: TabularPOMDP) -> Float[Array, "S G G A"]:
     """Pr(z', a | s, z) = Σ_o O(o | s) ω(z' | o, z) μ(a | o, z'), laid out [s, z, z', a]."""
-    if not (isinstance(kernel.cell, TableCell) and isinstance(kernel.head, TableHead)):
-        raise TypeError(f"a finite kernel is needed, with tables; this cell is {type(kernel.cell)}")
-    omega, mu = jax.nn.softmax(kernel.cell.logits), jax.nn.softmax(kernel.head.logits)
-    return jnp.einsum("so,goh,hoa->sgha", pomdp.observation, omega, mu)
+    omega, successors, mu = tables(kernel, jnp.arange(pomdp.num_obs))
+    every = jax.nn.one_hot(successors, mu.shape[1], dtype=omega.dtype)
+    omega = jnp.einsum("ogk,ogkh->ogh", omega, every)
+    return jnp.einsum("so,ogh,oha->sgha", pomdp.observation, omega, mu)
 
 
 def joint_chain(kernel: Kernel, pomdp: TabularPOMDP) -> Float[Array, "S G S G"]:
@@ -121,11 +113,11 @@ def trajectories(
     the observations. Episodes start once and terminate at T.
     """
     cell = kernel.cell
-    if not isinstance(cell, TableCell | Computed):
+    if not isinstance(cell, FiniteCell | Computed):
         raise TypeError(f"z' must be finite or computed to be enumerated, not {type(cell)}")
     transition, observation, reward, start = jax.tree.map(np.asarray, pomdp)
     num_states, num_obs = observation.shape
-    num_z = cell.logits.shape[0] if isinstance(cell, TableCell) else 1
+    num_z = cell.num_z if isinstance(cell, FiniteCell) else 1
     sizes = (num_states, num_obs, num_z, reward.shape[1])
     index = np.indices(sizes * num_steps).reshape(num_steps, 4, -1)
     s, o, h, a = index.transpose(1, 2, 0)
@@ -136,9 +128,9 @@ def trajectories(
 
     edge = np.zeros(s.shape, bool)
     first, last = (jnp.asarray(np.copy(edge)).at[:, t].set(True) for t in (0, -1))
-    obs = jnp.eye(num_obs)[o]
+    obs = jnp.asarray(o) if isinstance(cell, FiniteCell) else jnp.eye(num_obs)[o]
     z0 = jnp.broadcast_to(kernel.z0, (len(prob), 1, *kernel.z0.shape))
-    if isinstance(cell, TableCell):
+    if isinstance(cell, FiniteCell):
         z_next = jnp.asarray(h, kernel.z0.dtype)
     else:
         z = jnp.broadcast_to(z0, (*s.shape, *kernel.z0.shape))
@@ -153,7 +145,7 @@ def trajectories(
         first=first,
         terminated=last,
         truncated=jnp.asarray(edge),
-        final_obs=jnp.roll(obs, -1, 1) * ~last[:, :, None],
+        final_obs=jnp.roll(obs, -1, 1),
     )
     return traj, jnp.asarray(prob)
 
@@ -198,5 +190,5 @@ def _log_prob(kernel: Kernel, traj: Transition) -> Float[Array, ""]:
 
 def _start(kernel: Kernel, pomdp: TabularPOMDP) -> Float[Array, "S G"]:
     """Law of (s_0, z_0)."""
-    assert isinstance(kernel.cell, TableCell)
-    return pomdp.start[:, None] * jax.nn.one_hot(kernel.z0, kernel.cell.logits.shape[0])
+    assert isinstance(kernel.cell, FiniteCell)
+    return pomdp.start[:, None] * jax.nn.one_hot(kernel.z0, kernel.cell.num_z)

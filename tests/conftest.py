@@ -17,7 +17,7 @@ import jax.random as jr  # noqa: E402
 import pytest  # noqa: E402
 from jax import lax  # noqa: E402
 
-from spg.exact import TabularPOMDP  # noqa: E402
+from spg.models import TabularPOMDP  # noqa: E402
 from spg.kernels.cells import GRU, Computed, Empty, Linear, Noisy, Window  # noqa: E402
 from spg.kernels.finite import finite_kernel  # noqa: E402
 from spg.kernels.heads import CategoricalHead  # noqa: E402

@@ -183,13 +183,14 @@ def test_cells_lie_where_their_location_does():
     assert np.array_equal(Computed(Window())(obs, z).loc, [z[2], *obs])
 
 
-def test_a_finite_cell_reads_one_hot_observations_even_when_normalised():
-    logits = jr.normal(jr.key(0), (2, 3, 2))
-    data = jnp.eye(3)[jr.randint(jr.key(1), (50,), 0, 3)]
-    normalizer = Normalizer(3).update(data)
+def test_a_finite_cell_reads_integers_and_one_hot_observations():
+    logits, successors = jr.normal(jr.key(0), (2, 3, 2)), jnp.array([1, 0]) * jnp.ones((2, 3, 2))
+    cell = TableCell(logits, successors.astype(int))
     for o, g in np.ndindex(3, 2):
-        law = TableCell(logits)(normalizer(jnp.eye(3)[o]), jnp.array(g))
-        assert np.array_equal(law.logits, logits[g, o])
+        for obs in (jnp.array(o), jnp.eye(3)[o]):
+            law = cell(obs, jnp.array(g))
+            assert np.array_equal(law.logits, logits[g, o])
+            assert np.array_equal(law.support, [1, 0])
 
 
 def test_the_first_state_of_an_episode_is_not_learned():

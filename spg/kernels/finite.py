@@ -1,30 +1,51 @@
-"""Finite-state controllers: the internal state is an integer, the I-state g → h."""
+"""Finite-state controllers: the internal state is an integer, the I-state g → h.
+
+Observations are integers, or one-hot vectors, of which the position of the largest entry is read.
+A network in place of a table is any module with `num_z` and a `Categorical` of (o, g), of (o, h).
+"""
+
+import math
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from spg.distributions import Categorical
 from spg.kernels.kernel import Kernel
-from spg.kernels.networks import Normalizer
+from spg.kernels.networks import Identity
+
+
+@runtime_checkable
+class FiniteCell(Protocol):
+    """ω(h | g, o) over `num_z` I-states; a `Categorical` whose support lists the successors."""
+
+    @property
+    def num_z(self) -> int: ...
+
+    def __call__(self, obs: Array, z: Array) -> Categorical: ...
 
 
 class TableCell(eqx.Module):
-    """ω(h | g, o) ∝ exp(logits[g, o, h]).
+    """ω(h | g, o) ∝ exp(logits[g, o, i]) for h = successors[g, o, i]; other h never follow."""
 
-    Observations are one-hot. The position of the largest entry is the same after a running
-    normaliser: where o occurs in the data, its entry is positive and every other is not.
-    """
+    logits: Float[Array, "G O K"]
+    successors: Int[Array, "G O K"]
 
-    logits: Float[Array, "G O G"]
+    @property
+    def num_z(self) -> int:
+        return self.logits.shape[0]
 
-    def __call__(self, obs: Float[Array, " O"], z: Int[Array, ""]) -> Categorical:
-        return Categorical(self.logits[z, jnp.argmax(obs)])
+    def __call__(self, obs: Array, z: Int[Array, ""]) -> Categorical:
+        o = _integer(obs)
+        return Categorical(self.logits[z, o], self.successors[z, o])
 
     def replay(
         self,
-        obs: Float[Array, "L O"],
+        obs: Array,
         z: Int[Array, " L"],
         z_next: Int[Array, " L"],
         first: Bool[Array, " L"],
@@ -34,15 +55,129 @@ class TableCell(eqx.Module):
 
 
 class TableHead(eqx.Module):
-    """μ(a | h, o) ∝ exp(logits[h, o, a]), observations one-hot."""
+    """μ(a | h, o) ∝ exp(logits[h, o, a])."""
 
     logits: Float[Array, "G O A"]
 
-    def __call__(self, obs: Float[Array, " O"], z_next: Int[Array, ""]) -> Categorical:
-        return Categorical(self.logits[z_next, jnp.argmax(obs)])
+    def __call__(self, obs: Array, z_next: Int[Array, ""]) -> Categorical:
+        return Categorical(self.logits[z_next, _integer(obs)])
 
 
-def finite_kernel(cell_logits: Float[Array, "G O G"], head_logits: Float[Array, "G O A"]) -> Kernel:
-    """The finite-state controller with these tables, which opens every episode in I-state 0."""
-    normalizer = Normalizer(cell_logits.shape[1])
-    return Kernel(TableCell(cell_logits), TableHead(head_logits), normalizer, jnp.zeros((), int))
+def finite_kernel(
+    cell_logits: Float[Array, "G O K"],
+    head_logits: Float[Array, "G O A"],
+    successors: Int[Array, "G O K"] | None = None,
+) -> Kernel:
+    """The finite-state controller with these tables, which opens every episode in I-state 0.
+
+    Without `successors` every I-state may follow, K = G.
+    """
+    if successors is None:
+        successors = jnp.broadcast_to(jnp.arange(cell_logits.shape[2]), cell_logits.shape)
+    cell = TableCell(cell_logits, jnp.asarray(successors, int))  # of the dtype of actions
+    return Kernel(cell, TableHead(head_logits), Identity(), jnp.zeros((), int))
+
+
+def random_controller(
+    num_z: int,
+    num_obs: int,
+    num_actions: int,
+    *,
+    out_degree: int,
+    std: float = 0.0,
+    key: PRNGKeyArray,
+) -> Kernel:
+    """A controller with random successors, out of each (g, o) as many as `out_degree`.
+
+    Logits are N(0, std²): all zero by default, as in Aberdeen & Baxter (2002), who start so and
+    make the graph sparse because a dense zero start has no gradient towards memory. Raises
+    ValueError as `random_successors` does.
+    """
+    graph_key, cell_key, head_key = jr.split(key, 3)
+    successors = random_successors(num_z, num_obs, out_degree, key=graph_key)
+    return finite_kernel(
+        std * jr.normal(cell_key, successors.shape),
+        std * jr.normal(head_key, (num_z, num_obs, num_actions)),
+        successors,
+    )
+
+
+def random_successors(
+    num_z: int, num_obs: int, out_degree: int, *, key: PRNGKeyArray
+) -> Int[Array, "G O K"]:
+    """For every (g, o) an independent uniform subset of the I-states, of `out_degree` members.
+
+    Drawn again until the union over o is strongly connected and, where there are enough graphs for
+    that, no two observations have the same one; after 1000 draws a random cycle is laid into the
+    graph of observation 0. Raises ValueError for a number below 1 or an `out_degree` above `num_z`.
+    """
+    for name, value in (("num_z", num_z), ("num_obs", num_obs), ("out_degree", out_degree)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it has to be at least 1")
+    if out_degree > num_z:
+        raise ValueError(f"out_degree {out_degree} is more than the {num_z} I-states")
+    if out_degree == num_z:
+        return jnp.broadcast_to(jnp.arange(num_z), (num_z, num_obs, num_z))
+    log_graphs = num_z * _log_binomial(num_z, out_degree)  # of one observation
+    distinct = 2 * math.log(num_obs) < log_graphs
+
+    def draw(key):
+        return lax.top_k(jr.uniform(key, (num_z, num_obs, num_z)), out_degree)[1]
+
+    def unfit(state):
+        return ~_is_fit(state[1], distinct) & (state[2] < 1000)
+
+    def again(state):
+        key, draw_key = jr.split(state[0])
+        return key, draw(draw_key), state[2] + 1
+
+    key, first_key, cycle_key = jr.split(key, 3)
+    _, successors, _ = lax.while_loop(unfit, again, (key, draw(first_key), 1))
+    order = jr.permutation(cycle_key, num_z).astype(successors.dtype)
+    follower = jnp.zeros_like(order).at[order].set(jnp.roll(order, -1))
+    row = successors[:, 0]
+    slot = jnp.argmax(row == follower[:, None], 1)  # 0 where the follower is not in the row
+    cycle = successors.at[jnp.arange(num_z), 0, slot].set(follower)
+    return jnp.where(_is_fit(successors, False), successors, cycle)
+
+
+class Tables(NamedTuple):
+    """A finite-state controller written out at N observations."""
+
+    omega: Float[Array, "N G K"]  # ω(h | g, o) of the successors
+    successors: Int[Array, "N G K"]
+    mu: Float[Array, "N G A"]  # μ(a | h, o)
+
+
+def tables(kernel: Kernel, obs: Array) -> Tables:
+    """ω and μ at the observations `[N, ...]` in every I-state; differentiable in the kernel."""
+    if not isinstance(kernel.cell, FiniteCell):
+        raise TypeError(f"a finite-state controller is needed; this cell is {type(kernel.cell)}")
+    z = jnp.arange(kernel.cell.num_z)
+    at_every_z = lambda law: jax.vmap(lambda o: jax.vmap(law, (None, 0))(o, z))
+    obs = jax.vmap(kernel.normalizer)(obs)
+    step, act = at_every_z(kernel.cell)(obs), at_every_z(kernel.head)(obs)
+    successors = jnp.broadcast_to(z, step.logits.shape) if step.support is None else step.support
+    return Tables(jax.nn.softmax(step.logits), successors, jax.nn.softmax(act.logits))
+
+
+def _integer(obs: Array) -> Array:
+    return obs if obs.ndim == 0 else jnp.argmax(obs)
+
+
+def _is_fit(successors: Int[Array, "G O K"], distinct: bool) -> Bool[Array, ""]:
+    """Is the union graph strongly connected, and, if `distinct`, has each observation its own?"""
+    num_z = len(successors)
+    mask = jax.nn.one_hot(successors, num_z).sum(2) > 0  # [G, O, G]
+    reach = jnp.any(mask, 1) | jnp.eye(num_z, dtype=bool)
+    for _ in range((num_z - 1).bit_length()):
+        reach = jnp.matmul(reach.astype(jnp.float32), reach.astype(jnp.float32)) > 0
+    if not distinct:
+        return reach.all()
+    code = jr.normal(jr.key(0), mask.shape[::2])  # a random number tells graphs apart
+    code = jnp.sort(jnp.einsum("goh,gh->o", mask.astype(code.dtype), code))
+    return reach.all() & jnp.all(jnp.diff(code) > 1e-6)
+
+
+def _log_binomial(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

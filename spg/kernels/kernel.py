@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from spg.kernels.cells import Cell
 from spg.kernels.heads import Head
-from spg.kernels.networks import Normalizer
+from spg.kernels.networks import Identity, Normalizer
 from spg.types import Replay, Transition, policy_view
 
 
@@ -21,7 +21,7 @@ class Kernel(eqx.Module):
 
     cell: Cell
     head: Head
-    normalizer: Normalizer
+    normalizer: Normalizer | Identity
     z0: Array
 
     def reset(self, first: Bool[Array, ""], z: Array) -> Array:

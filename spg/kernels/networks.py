@@ -65,6 +65,16 @@ class Normalizer(eqx.Module):
         return eqx.tree_at(where, self, (mean, m2 / count, count))
 
 
+class Identity(eqx.Module):
+    """Leaves observations as they are, where they are integers."""
+
+    def __call__(self, x: Array) -> Array:
+        return x
+
+    def update(self, data: Array) -> "Identity":
+        return self
+
+
 def _orthogonal(n: int, m: int, *, gain: float, key: PRNGKeyArray) -> eqx.nn.Linear:
     weight_key, layer_key = jr.split(key)
     weight = jax.nn.initializers.orthogonal(gain)(weight_key, (m, n))

@@ -1,0 +1,133 @@
+"""A finite world as a Gymnax environment."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from flax import struct
+from gymnax.environments import spaces
+from gymnax.environments.environment import Environment
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+
+from spg.models import POMDP, SparsePOMDP, TabularPOMDP, sparse
+
+
+class TabularState(NamedTuple):
+    state: Int[Array, ""]
+    obs: Int[Array, ""]  # what the state has emitted
+    time: Int[Array, ""]
+
+
+@struct.dataclass
+class TabularParams:
+    """A world with cumulative probabilities: a row's last possible entry holds 2, not 1."""
+
+    successor: Any  # [S, A, N]
+    successor_cumulative: Any  # [S, A, N]
+    reward: Any  # [S, A, N]
+    observation: Any  # [S, M]
+    observation_cumulative: Any  # [S, M]
+    start_cumulative: Any  # [S]
+    max_steps_in_episode: Any = None  # None: the world goes on for ever, and `step` never resets
+
+
+class Tabular(Environment):
+    """The world of a model; the observation is an integer in 0..O-1, the action in 0..A-1.
+
+    Nothing terminates. With `max_steps_in_episode` an episode is truncated there and the next one
+    opens; without it, the default, no reset is ever drawn. Models are parameters: `vmap` over
+    `tabular_params` of several of the same shape.
+    """
+
+    def __init__(self, pomdp: POMDP):
+        self._params, self._num_obs = tabular_params(pomdp), pomdp.num_obs
+        self._num_actions = pomdp.num_actions
+
+    @property
+    def default_params(self) -> TabularParams:
+        return self._params
+
+    def step(
+        self,
+        key: PRNGKeyArray,
+        state: TabularState,
+        action: ArrayLike,
+        params: TabularParams | None = None,
+    ) -> tuple[Array, TabularState, Array, Array, Array, dict]:
+        params = self._params if params is None else params
+        if params.max_steps_in_episode is not None:
+            return super().step(key, state, action, params)
+        obs, state, reward, terminated, info = self.step_env(key, state, action, params)
+        return obs, state, reward, terminated, terminated, info | {"final_observation": obs}
+
+    def reset_env(
+        self, key: PRNGKeyArray, params: TabularParams
+    ) -> tuple[Int[Array, ""], TabularState]:
+        u = jr.uniform(key, (2,))
+        s = jnp.searchsorted(params.start_cumulative, u[0], side="right").astype(jnp.int32)
+        obs = self._emit(u[1], s, params)
+        return obs, TabularState(s, obs, jnp.int32(0))
+
+    def step_env(
+        self, key: PRNGKeyArray, state: TabularState, action: ArrayLike, params: TabularParams
+    ) -> tuple[Int[Array, ""], TabularState, Float[Array, ""], Bool[Array, ""], dict]:
+        u = jr.uniform(key, (2,))
+        i = jnp.sum(u[0] >= params.successor_cumulative[state.state, action])
+        s = params.successor[state.state, action, i]
+        reward = params.reward[state.state, action, i]
+        obs = self._emit(u[1], s, params)
+        return (
+            obs,
+            TabularState(s, obs, state.time + 1),
+            reward,
+            jnp.array(False),
+            {"discount": 1.0},
+        )
+
+    def observe(
+        self, key: PRNGKeyArray, state: TabularState, action: Any, params: TabularParams
+    ) -> Int[Array, ""]:
+        return state.obs
+
+    def is_truncated(self, state: TabularState, params: TabularParams) -> Bool[Array, ""]:
+        limit = params.max_steps_in_episode
+        return jnp.array(False) if limit is None else jnp.asarray(state.time >= limit)
+
+    def is_terminated(self, state: TabularState, params: TabularParams) -> Bool[Array, ""]:
+        return jnp.array(False)
+
+    @property
+    def name(self) -> str:
+        return "Tabular"
+
+    @property
+    def num_actions(self) -> int:
+        return self._num_actions
+
+    def action_space(self, params: TabularParams | None = None) -> spaces.Discrete:
+        return spaces.Discrete(self._num_actions)
+
+    def observation_space(self, params: TabularParams | None = None) -> spaces.Discrete:
+        return spaces.Discrete(self._num_obs)
+
+    def _emit(self, u: Array, s: Array, params: TabularParams) -> Int[Array, ""]:
+        return params.observation[s, jnp.sum(u >= params.observation_cumulative[s])]
+
+
+def tabular_params(pomdp: POMDP) -> TabularParams:
+    """What `Tabular` needs of a model to draw from it."""
+    model: SparsePOMDP = sparse(pomdp) if isinstance(pomdp, TabularPOMDP) else pomdp
+    laws = (_cumulative(x) for x in (model.probability, model.emission, model.start))
+    successors, observations, start = laws
+    return TabularParams(
+        model.successor, successors, model.reward, model.observation, observations, start
+    )
+
+
+def _cumulative(p: Array) -> Float[Array, "..."]:
+    """Cumulative probabilities in single precision, in which no rounding can draw a zero."""
+    p = np.asarray(p, np.float64)
+    total = np.cumsum(p, -1)
+    beyond = np.cumsum(p[..., ::-1], -1)[..., ::-1] - p  # the mass of later entries
+    return jnp.asarray(np.where(beyond > 0, total, 2.0), jnp.float32)

@@ -1,0 +1,229 @@
+"""IState-GPOMDP and Exp-GPOMDP: the gradient of the average reward from one endless trajectory.
+
+Aberdeen & Baxter (2002); Baxter & Bartlett (2001). With the score s_t of step t,
+
+    e_t = β e_{t-1} + s_t,        Δ = mean over t of r_{t+1} e_t - b_t s_t,
+
+whose limit for T → ∞ is d ∇K (I - βK)⁻¹ r, and ∇η for β → 1. The two differ in the score: a
+*likelihood* gives it as the gradient of log m_t, from what was recorded and a memory m that depends
+on the kernel. `step` consumes one transition with eligibility traces, `segment` a recorded segment
+in parallel or by one backward pass; both take and return the same state, and give the same numbers.
+
+The baseline b_t, zero by default, may depend on the past of action a_t alone; then it changes the
+variance and not the mean. It is in units of Σ_u β^u r.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from spg.kernels.finite import FiniteCell, Tables, tables
+from spg.kernels.kernel import Kernel
+from spg.scans import linear_scan
+from spg.types import Scalar, Transition
+
+
+# (kernel, memory [M], segment) ↦ (log m_t of each step [L], memory after it [M])
+Likelihood = Callable[[Kernel, Array, Transition], tuple[Array, Array]]
+
+
+class State(NamedTuple):
+    """An estimate under way. `sensitivity`, `trace` and `estimate` are shaped like the kernel."""
+
+    memory: Float[Array, " M"]
+    sensitivity: Kernel  # ∂memory/∂kernel, each leaf with a leading axis M
+    trace: Kernel  # e_{t-1}
+    estimate: Kernel  # Δ
+    count: Int[Array, ""]  # transitions consumed
+
+
+# --- likelihoods
+
+
+def istate(
+    kernel: Kernel, memory: Float[Array, "0"], segment: Transition
+) -> tuple[Float[Array, " L"], Float[Array, "0"]]:
+    """IState-GPOMDP: m_t = ω(g_{t+1} | g_t, o_t) μ(a_t | g_{t+1}, o_t), of the I-states drawn.
+
+    No memory is needed, `jnp.zeros(0)`: the internal state is in the record. Any kernel that draws
+    z' will do. The gradient is that of the kernel.
+    """
+    return kernel.replay(segment).log_prob, memory
+
+
+def exp_istate(
+    kernel: Kernel, memory: Float[Array, " G"], segment: Transition, *, num_obs: int
+) -> tuple[Float[Array, " L"], Float[Array, " G"]]:
+    """Exp-GPOMDP with the actions filtered: m_t(a) = Pr(a_t = a | o_0 … o_t, a_0 … a_{t-1}).
+
+        b_t(h) = Σ_g α_t(g) ω(h | g, o_t),   m_t = Σ_h b_t(h) μ(a_t | h, o_t),
+        α_{t+1}(h) = b_t(h) μ(a_t | h, o_t) / m_t
+
+    The memory is α, the law of the I-state given the record; `belief` starts it. The gradient is
+    that of the kernel, without bias, whether actions were drawn by way of I-states or from m_t.
+    Given the record it is the mean of IState-GPOMDP's, which therefore varies more.
+    """
+    return _filter(kernel, memory, segment, num_obs, filter_actions=True)
+
+
+def exp_istate_by_observations(
+    kernel: Kernel, memory: Float[Array, " G"], segment: Transition, *, num_obs: int
+) -> tuple[Float[Array, " L"], Float[Array, " G"]]:
+    """Exp-GPOMDP as Aberdeen & Baxter (2002) have it: α is filtered by the observations alone.
+
+        α_{t+1}(h) = b_t(h) = Σ_g α_t(g) ω(h | g, o_t),   m_t = Σ_h b_t(h) μ(a_t | h, o_t)
+
+    The gradient is that of another policy, which draws each action from m_t independently, and is
+    unbiased for it if the record was made so. It is not the kernel's, whose actions depend on each
+    other by way of the I-state; on a record made by the kernel it is biased. The two policies
+    agree where ω is deterministic, and where μ ignores the I-state.
+    """
+    return _filter(kernel, memory, segment, num_obs, filter_actions=False)
+
+
+def belief(kernel: Kernel) -> Float[Array, " G"]:
+    """α_0: the I-state that opens an episode is certain."""
+    assert isinstance(kernel.cell, FiniteCell)
+    return jax.nn.one_hot(kernel.z0, kernel.cell.num_z)
+
+
+def predict(alpha: Float[Array, " G"], table: Tables) -> Float[Array, " G"]:
+    """b(h) = Σ_g α(g) ω(h | g, o), `table` being of this one observation."""
+    return jnp.zeros_like(alpha).at[table.successors].add(alpha[:, None] * table.omega)
+
+
+def _filter(
+    kernel: Kernel,
+    memory: Float[Array, " G"],
+    segment: Transition,
+    num_obs: int,
+    *,
+    filter_actions: bool,
+) -> tuple[Float[Array, " L"], Float[Array, " G"]]:
+    rows = jax.tree.map(lambda x: x[segment.obs], tables(kernel, jnp.arange(num_obs)))
+    rows = rows._replace(mu=jax.vmap(lambda mu, a: mu[:, a])(rows.mu, segment.action))
+
+    @jax.checkpoint  # what the backward pass keeps of a step is α
+    def step(alpha, inputs):
+        row, first = inputs
+        prior = predict(jnp.where(first, belief(kernel), alpha), row)
+        joint = prior * row.mu
+        m = joint.sum()
+        return joint / m if filter_actions else prior, jnp.log(m)
+
+    memory, log_prob = lax.scan(step, memory, (rows, segment.first))
+    return log_prob, memory
+
+
+# --- estimates
+
+
+def init(kernel: Kernel, memory: Float[Array, " M"]) -> State:
+    """The state before the first transition: `memory` is that of the likelihood to be used."""
+    zero = jax.tree.map(jnp.zeros_like, eqx.filter(kernel, eqx.is_inexact_array))
+    sensitivity = jax.tree.map(lambda x: jnp.zeros((memory.size, *x.shape), x.dtype), zero)
+    return State(memory, sensitivity, zero, zero, jnp.zeros((), jnp.int32))
+
+
+def step(
+    likelihood: Likelihood,
+    kernel: Kernel,
+    state: State,
+    transition: Transition,
+    *,
+    beta: Scalar,
+    baseline: Scalar = 0.0,
+) -> State:
+    """Consume one transition: e ← βe + s, Δ ← Δ + (r e - b s - Δ)/(t+1)."""
+    params, static = eqx.partition(kernel, eqx.is_inexact_array)
+    one = jax.tree.map(lambda x: jnp.asarray(x)[None], transition)
+
+    def consume(params, memory):
+        log_prob, memory = likelihood(eqx.combine(params, static), memory, one)
+        return (log_prob[0], memory), memory
+
+    jacobian = jax.jacrev(consume, argnums=(0, 1), has_aux=True)
+    ((score, by_memory), (sensitivity, decay)), memory = jacobian(params, state.memory)
+    total = lambda direct, by: jax.tree.map(
+        lambda x, s: x + jnp.tensordot(by, s, 1), direct, state.sensitivity
+    )
+    score, sensitivity = total(score, by_memory), total(sensitivity, decay)
+    kept = beta * ~transition.first
+    trace = jax.tree.map(lambda e, s: kept * e + s, state.trace, score)
+    sample = jax.tree.map(lambda e, s: transition.reward * e - baseline * s, trace, score)
+    estimate = jax.tree.map(lambda d, x: d + (x - d) / (state.count + 1), state.estimate, sample)
+    return State(memory, sensitivity, trace, estimate, state.count + 1)
+
+
+def segment(
+    likelihood: Likelihood,
+    kernel: Kernel,
+    state: State,
+    segment: Transition,
+    *,
+    beta: Scalar,
+    baseline: Float[Array, " L"] | None = None,
+) -> State:
+    """Consume a segment: the numbers of `step` over it, by one pass backward in time.
+
+    A score is weighted by the rewards after it, Σ_u β^{u-t} r_{u+1} within the segment; what came
+    before arrives by the trace and by the sensitivity of the memory. Parts of the state that are
+    not used afterwards cost nothing under `jit`.
+    """
+    params, static = eqx.partition(kernel, eqx.is_inexact_array)
+    consume = lambda params, memory: likelihood(eqx.combine(params, static), memory, segment)
+    (_, memory), pull = jax.vjp(consume, params, state.memory)
+
+    def total(weight, by_memory):
+        direct, by_memory = pull((weight, by_memory))
+        return jax.tree.map(
+            lambda x, s: x + jnp.tensordot(by_memory, s, 1), direct, state.sensitivity
+        )
+
+    kept = beta * ~segment.first
+    before = jnp.cumprod(kept)  # of e_{-1} in e_t
+    weight, last = _weights(segment, beta)
+    weight = weight if baseline is None else weight - baseline
+    zero = jnp.zeros_like(memory)
+    from_before = jnp.vdot(segment.reward, before)
+    num_steps = len(segment.reward)
+    count = state.count + num_steps
+    estimate = jax.tree.map(
+        lambda d, x, e: d + (x + from_before * e - num_steps * d) / count,
+        state.estimate, total(weight, zero), state.trace,
+    )  # fmt: skip
+    trace = jax.tree.map(lambda x, e: x + before[-1] * e, total(last, zero), state.trace)
+    sensitivity = jax.vmap(lambda v: total(jnp.zeros_like(weight), v))(jnp.eye(memory.size))
+    return State(memory, sensitivity, trace, estimate, count)
+
+
+def gradient(
+    likelihood: Likelihood,
+    kernel: Kernel,
+    memory: Float[Array, " M"],
+    trajs: Transition,
+    *,
+    beta: Scalar,
+    baseline: Float[Array, "N T"] | None = None,
+) -> Kernel:
+    """Mean over N trajectories of the estimates of `segment` from empty traces, in one pass."""
+    weight = jax.vmap(lambda traj: _weights(traj, beta)[0])(trajs)
+    weight = weight if baseline is None else weight - baseline
+
+    def surrogate(kernel):
+        log_prob = jax.vmap(lambda traj: likelihood(kernel, memory, traj)[0])(trajs)
+        return jnp.mean(lax.stop_gradient(weight) * log_prob)
+
+    return eqx.filter_grad(surrogate)(kernel)
+
+
+def _weights(segment: Transition, beta: Scalar) -> tuple[Float[Array, " L"], Float[Array, " L"]]:
+    """Of each score: in Σ_t r_{t+1} e_t, and in the last trace."""
+    decay = jnp.append(beta * ~segment.first[1:], 0.0)
+    last = jnp.zeros_like(segment.reward).at[-1].set(1)
+    return tuple(linear_scan(decay, u, reverse=True) for u in (segment.reward, last))
