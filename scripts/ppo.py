@@ -194,7 +194,7 @@ def make(config: Config) -> training.Algorithm:
         evaluate=lambda state, key: evaluation(
             state.agent.kernel, *env, num_episodes=config.eval_episodes, key=key
         ),
-        film=lambda state: cli.film(state.agent.kernel, *env),
+        export=lambda state, out: cli.save_film(state.agent.kernel, *env, out),
         num_updates=config.num_updates,
         steps_per_update=config.num_envs * config.num_steps,
     )

@@ -126,7 +126,7 @@ def make(config: Config) -> training.Algorithm:
         evaluate=lambda state, key: evaluation(
             state.kernel, *env, num_episodes=config.eval_episodes, key=key
         ),
-        film=lambda state: cli.film(state.kernel, *env),
+        export=lambda state, out: cli.save_film(state.kernel, *env, out),
         num_updates=num_updates(config, env),
         steps_per_update=config.num_envs * horizon(config, env),
     )

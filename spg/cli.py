@@ -4,14 +4,20 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+import equinox as eqx
 import jax
 import jax.random as jr
+import numpy as np
 import tyro
+from jaxtyping import PRNGKeyArray
 
-from spg import records, training
+from spg import controllers, gamp, records, training
+from spg.kernels.finite import random_controller
 from spg.kernels.kernel import Kernel
+from spg.models import Problem
 from spg.rollout import watch
 from spg.types import Environment
 
@@ -52,6 +58,20 @@ class EnvConfig:
     """parameters of the environment to change, e.g. --env-params length 50"""
 
 
+@dataclass(frozen=True)
+class ProblemConfig:
+    """What every script offers that trains a finite-state controller in a finite world."""
+
+    problem: str = "loadunload"
+    """tiger, loadunload, heavenhell, pentagon, factory, or a file in the .POMDP format"""
+    num_z: int = 4
+    """|G|, the number of I-states"""
+    out_degree: int = 3
+    """k, the random successors of each I-state and observation; num_z: all"""
+    start_std: float = 0.0
+    """standard deviation of the logits at the start"""
+
+
 def describe(config: EnvConfig, *, oracle: bool = False) -> str:
     """What is observed of which environment, for titles."""
     return f"{config.env}, observing {'state' if oracle else config.observe}"
@@ -71,6 +91,41 @@ def make_env(config: EnvConfig, *, oracle: bool = False) -> tuple[Environment, A
     )
 
 
+def open_problem(config: ProblemConfig) -> Problem:
+    """The world that `config` names. Raises ValueError or OSError for what cannot be opened."""
+    from spg.envs import pomdp_file, problems  # here, as in `make_env`
+
+    check_positive(config, "num_z", "out_degree")
+    if config.out_degree > config.num_z:
+        raise ValueError(f"out_degree {config.out_degree} is more than num_z {config.num_z}")
+    if config.problem in problems.PROBLEMS:
+        return problems.PROBLEMS[config.problem]()
+    if Path(config.problem).suffix.lower() == ".pomdp" or Path(config.problem).is_file():
+        return pomdp_file.read_pomdp(config.problem)
+    known = ", ".join(problems.PROBLEMS)
+    raise ValueError(f"unknown problem {config.problem!r}; choose from {known}, or a .POMDP file")
+
+
+def make_controller(config: ProblemConfig, problem: Problem, *, key: PRNGKeyArray) -> Kernel:
+    """The controller that a training starts from."""
+    return random_controller(
+        config.num_z, problem.pomdp.num_obs, problem.pomdp.num_actions,
+        out_degree=config.out_degree, std=config.start_std, key=key,
+    )  # fmt: skip
+
+
+def save_controller(kernels: Kernel, problem: Problem, out: Path) -> None:
+    """Save the best of several controllers, `controller.npz`, and draw it where it is small."""
+    solve = eqx.filter_jit(lambda kernel: gamp.solve(kernel, problem.pomdp))
+    num = kernels.z0.shape[0]
+    each = [jax.tree.map(lambda x: x[i], kernels) for i in range(num)]  # noqa: B023
+    solutions = [solve(kernel) for kernel in each]
+    best = int(np.argmax([s.average_reward for s in solutions]))
+    controllers.save(out / "controller.npz", each[best], problem, solutions[best].law)
+    title = f"{problem.name}, average reward {solutions[best].average_reward:.4g}"
+    controllers.draw(out / "controller.png", each[best], problem, solutions[best].law, title=title)
+
+
 def film(kernel: Kernel, env: Environment, env_params: Any, *, num_steps: int = 300) -> str | None:
     """A page that plays the noise-free policy in Brax; None for other environments."""
     from spg import envs
@@ -79,6 +134,13 @@ def film(kernel: Kernel, env: Environment, env_params: Any, *, num_steps: int = 
         return None
     play = jax.jit(lambda kernel, key: watch(kernel, env, env_params, num_steps=num_steps, key=key))
     return envs.render(env.inner, play(kernel, jr.key(0)).env)
+
+
+def save_film(kernels: Kernel, env: Environment, env_params: Any, out: Path) -> None:
+    """Write `rollout.html` for the first of the kernels, where `film` has a page."""
+    page = film(jax.tree.map(lambda x: x[0], kernels), env, env_params)
+    if page is not None:
+        records.write(out / "rollout.html", page)
 
 
 C = TypeVar("C", bound=RunConfig)

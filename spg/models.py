@@ -110,7 +110,7 @@ def sparse_pomdp(
     """A world from the list of its non-zeros, as equally long one-dimensional arrays.
 
     `transitions` are (s, a, s', P(s' | s, a), r(s, a, s')), in any order; where an (s, a, s')
-    repeats, probabilities add up and rewards are averaged by them. `emissions` are (s, o, O(o | s)).
+    repeats, probabilities add up and rewards are averaged by them. `emissions` are (s, o, O(o|s)).
     `start` is the law of the first state and tells the number of states. The names serve messages.
 
     Raises ValueError, naming the row, for an index out of range, a probability that is negative

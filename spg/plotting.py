@@ -38,13 +38,18 @@ def interval(
 
 
 class Curve(NamedTuple):
-    """Returns of one run against environment steps: while training, and of its evaluations."""
+    """Returns of one run against environment steps: while training, and of its evaluations.
+
+    Or, by `unit` and `measure`, average rewards, against updates.
+    """
 
     label: str
     steps: Float[np.ndarray, " points"]
     returns: Float[np.ndarray, "seeds points"]
     eval_steps: Float[np.ndarray, " evals"]
     noise_free: Float[np.ndarray, "seeds evals"]
+    unit: str = "environment steps"
+    measure: str = "return"
 
 
 def learning_curve(path: Path, curves: list[Curve], *, title: str) -> None:
@@ -63,7 +68,9 @@ def learning_curve(path: Path, curves: list[Curve], *, title: str) -> None:
     axes.plot([], [], "--", color="gray", linewidth=1, label="noise-free policy")
     num_seeds = len(curves[0].noise_free)
     seeds = f"IQM and 95 % interval of {num_seeds} seeds" if num_seeds > 1 else "one seed"
-    axes.set(xlabel="environment steps per seed", ylabel=f"return\n{seeds}", title=title)
+    axes.set(
+        xlabel=f"{curves[0].unit} per seed", ylabel=f"{curves[0].measure}\n{seeds}", title=title
+    )
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)

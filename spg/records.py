@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -134,13 +135,23 @@ def write_events(
             events.add_scalar(name, np.nanmean(values), update)
 
 
-def mean_return(
+def measure(names: Iterable[str]) -> str:
+    """What a run is judged by: the `average_reward` of endless ones, else the `return`."""
+    return "average_reward" if "average_reward" in names else "return"
+
+
+def mean_measure(
     data: dict[str, Float[np.ndarray, "seeds updates"]], updates: slice
 ) -> Float[np.ndarray, " seeds"]:
-    """Mean return of the episodes that ended in these updates; nan for a seed without any."""
-    episodes, returns = data["episodes"][:, updates], np.nan_to_num(data["return"][:, updates])
+    """Mean in these updates: of the average reward, or of the return over the episodes that ended.
+
+    nan for a seed in which none did.
+    """
+    name = measure(data)
+    values = np.nan_to_num(data[name][:, updates])
+    weight = data["episodes"][:, updates] if name == "return" else np.ones_like(values)
     with np.errstate(invalid="ignore"):
-        return (returns * episodes).sum(1) / episodes.sum(1)
+        return (values * weight).sum(1) / weight.sum(1)
 
 
 def read_curve(out: Path, label: str, *, bins: int = 100) -> plotting.Curve:
@@ -148,14 +159,21 @@ def read_curve(out: Path, label: str, *, bins: int = 100) -> plotting.Curve:
     data = read_metrics(out)
     num_updates = data["update"].shape[1]
     edges = np.unique(np.linspace(0, num_updates, min(bins, num_updates) + 1).astype(int))
-    steps = data["env_steps"][0, edges[1:] - 1]
-    returns = [mean_return(data, slice(a, b)) for a, b in pairwise(edges)]
+    simulated = data["env_steps"].any()
+    clock = data["env_steps" if simulated else "update"][0]
+    returns = [mean_measure(data, slice(a, b)) for a, b in pairwise(edges)]
     returns = np.stack(returns, 1).reshape(len(data["seed"]), -1)
     shown = ~np.isnan(returns).any(0)
-    free = data["eval_return_noise_free"]
+    free = data[f"eval_{measure(data)}_noise_free"]
     evaluated = ~np.isnan(free).any(0)
     return plotting.Curve(
-        label, steps[shown], returns[:, shown], data["env_steps"][0, evaluated], free[:, evaluated]
+        label=label,
+        steps=clock[edges[1:] - 1][shown],
+        returns=returns[:, shown],
+        eval_steps=clock[evaluated],
+        noise_free=free[:, evaluated],
+        unit="environment steps" if simulated else "updates",
+        measure=measure(data).replace("_", " "),
     )
 
 
@@ -164,29 +182,30 @@ def summarise(
 ) -> dict[str, Any]:
     """Write `summary.json` and `curve.png`, and return the summary.
 
-    The final return is that of the sampled policy over the episodes that ended in the last
-    tenth of training (or, if none did, of its last evaluation); the noise-free one is from the
+    The final return, or average reward, is that of the sampled policy over the last tenth of
+    training (of its last evaluation, if no episode ended then); the noise-free one is from the
     last evaluation.
     """
     data = read_metrics(out)
     num_updates = data["update"].shape[1]
-    evaluated = {k: data[k][:, -1] for k in ("eval_return", "eval_return_noise_free")}
-    final = mean_return(data, slice(num_updates - max(1, num_updates // 10), None))
-    final = np.where(np.isnan(final), evaluated["eval_return"], final)
-    noise_free = evaluated["eval_return_noise_free"]
+    name = measure(data)
+    final = mean_measure(data, slice(num_updates - max(1, num_updates // 10), None))
+    final = np.where(np.isnan(final), data[f"eval_{name}"][:, -1], final)
+    noise_free = data[f"eval_{name}_noise_free"][:, -1]
     low, high = plotting.interval(final)
-    total = env_steps * len(seeds)
+    seconds = max(clock["train_seconds"], 1e-9)
     summary = {
-        "final_return_mean": float(final.mean()),
-        "final_return_iqm": float(plotting.iqm(final)),
-        "final_return_ci95": [float(low), float(high)],
-        "final_return_noise_free_mean": float(noise_free.mean()),
-        "final_return": final.tolist(),
-        "final_return_noise_free": noise_free.tolist(),
+        f"final_{name}_mean": float(final.mean()),
+        f"final_{name}_iqm": float(plotting.iqm(final)),
+        f"final_{name}_ci95": [float(low), float(high)],
+        f"final_{name}_noise_free_mean": float(noise_free.mean()),
+        f"final_{name}": final.tolist(),
+        f"final_{name}_noise_free": noise_free.tolist(),
         "seeds": seeds.tolist(),
         "env_steps": env_steps,
         **{k: round(v, 3) for k, v in clock.items()},
-        "steps_per_second": round(total / max(clock["train_seconds"], 1e-9), 1),
+        "steps_per_second": round(env_steps * len(seeds) / seconds, 1),
+        "updates_per_second": round(num_updates * len(seeds) / seconds, 3),
         "devices": [d.device_kind for d in jax.devices()],
         "jax": jax.__version__,
     }
@@ -197,19 +216,23 @@ def summarise(
 
 def table(out: Path, summary: dict[str, Any]) -> str:
     """The summary for a terminal."""
-    rows = [f"{'seed':>8}  {'return':>10}  {'noise-free':>10}"]
-    for seed, sampled, free in zip(
-        summary["seeds"], summary["final_return"], summary["final_return_noise_free"], strict=True
-    ):
-        rows.append(f"{seed:>8}  {sampled:>10.4g}  {free:>10.4g}")
-    mean, free = summary["final_return_mean"], summary["final_return_noise_free_mean"]
-    rows.append(f"{'mean':>8}  {mean:>10.4g}  {free:>10.4g}")
-    low, high = summary["final_return_ci95"]
-    iqm = summary["final_return_iqm"]
-    rows.append(f"{'IQM':>8}  {iqm:>10.4g}  95% interval [{low:.4g}, {high:.4g}] over seeds")
+    name = measure(k.removeprefix("final_") for k in summary)
+    final, noise_free = summary[f"final_{name}"], summary[f"final_{name}_noise_free"]
+    label = name.replace("_", " ")
+    width = max(len(label), 10)
+    rows = [f"{'seed':>8}  {label:>{width}}  {'noise-free':>10}"]
+    for seed, sampled, free in zip(summary["seeds"], final, noise_free, strict=True):
+        rows.append(f"{seed:>8}  {sampled:>{width}.4g}  {free:>10.4g}")
+    mean, free = summary[f"final_{name}_mean"], summary[f"final_{name}_noise_free_mean"]
+    rows.append(f"{'mean':>8}  {mean:>{width}.4g}  {free:>10.4g}")
+    low, high = summary[f"final_{name}_ci95"]
+    iqm = summary[f"final_{name}_iqm"]
+    rows.append(f"{'IQM':>8}  {iqm:>{width}.4g}  95% interval [{low:.4g}, {high:.4g}] over seeds")
+    speed = f"{summary['updates_per_second']:,.0f} updates/s in all"
+    if steps := summary["env_steps"]:
+        speed = f"{steps:,} steps per seed, {summary['steps_per_second']:,.0f} steps/s in all"
     rows.append(
-        f"{summary['env_steps']:,} steps per seed, {summary['steps_per_second']:,.0f} steps/s in "
-        f"all; {summary['compile_seconds']:.1f} s compiling, {summary['train_seconds']:.1f} s "
+        f"{speed}; {summary['compile_seconds']:.1f} s compiling, {summary['train_seconds']:.1f} s "
         f"training, {summary['evaluate_seconds']:.1f} s evaluating"
     )
     rows.append(f"curve, metrics and checkpoints: {out}")

@@ -3,7 +3,7 @@
 An algorithm is `init(key) -> state` and `step(state) -> (state, metrics)`, pure, with all its
 randomness in the state. `run` vmaps it over seeds, shards these over devices, compiles a chunk of
 updates once, and keeps a run directory: `config.json`, `metrics.csv`, `summary.json`,
-`curve.png`, `checkpoints/`, TensorBoard events, and `rollout.html` where Brax can draw one.
+`curve.png`, `checkpoints/`, TensorBoard events, and what else the algorithm exports.
 """
 
 import time
@@ -44,8 +44,8 @@ class Algorithm(NamedTuple):
     params: Callable[[PyTree], PyTree]  # what has to stay finite
     evaluate: Callable[[PyTree, PRNGKeyArray], dict[str, jax.Array]]
     num_updates: int
-    steps_per_update: int  # environment steps
-    film: Callable[[PyTree], str | None]  # an episode as a page, `rollout.html`, if there is one
+    steps_per_update: int  # environment steps; 0 for exact gradients
+    export: Callable[[PyTree, Path], None]  # writes what else the final states (of all seeds) tell
 
 
 def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
@@ -62,9 +62,11 @@ def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
     marks = _marks(algorithm.num_updates, config.checkpoints * SLICES)
     at_checkpoints = set(_marks(algorithm.num_updates, config.checkpoints))
     size = max(b - a for a, b in pairwise(marks))
+    work = (algorithm.steps_per_update or 1) * config.num_seeds  # of an update
     bar = tqdm(
-        total=algorithm.num_updates * algorithm.steps_per_update * config.num_seeds,
-        unit="step", unit_scale=True, desc=f"{algorithm.name}: compiling", smoothing=0.1,
+        total=algorithm.num_updates * work,
+        unit="step" if algorithm.steps_per_update else "update", unit_scale=True,
+        desc=f"{algorithm.name}: compiling", smoothing=0.1,
     )  # fmt: skip
 
     began = time.perf_counter()
@@ -78,6 +80,7 @@ def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
     evaluate = jax.jit(over_seeds(jax.vmap(algorithm.evaluate), in_specs=PartitionSpec("seed")))
     metric_shapes = jax.eval_shape(train, state, jnp.int32(0))[1]
     score_shapes = jax.eval_shape(evaluate, state, keys)
+    measure = records.measure(metric_shapes)
     train = train.lower(state, jnp.int32(0)).compile()
     evaluate = evaluate.lower(state, keys).compile()
     compile_seconds = time.perf_counter() - began
@@ -97,7 +100,7 @@ def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
     events = SummaryWriter(str(out), purge_step=update + 1)
     bar.set_description(algorithm.name)
     bar.reset()
-    bar.update(update * algorithm.steps_per_update * config.num_seeds)
+    bar.update(update * work)
     try:
         for start, stop in pairwise(m for m in marks if m >= update):
             began = time.perf_counter()
@@ -116,15 +119,14 @@ def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
             _check_finite(finite, start, seeds, out)
             if stop in at_checkpoints:
                 checkpoints.save(stop, state, clock)
-            bar.update((stop - start) * algorithm.steps_per_update * config.num_seeds)
-            if not np.isnan(metrics["return"]).all():
-                bar.set_postfix_str(f"return {np.nanmean(metrics['return']):.4g}")
+            bar.update((stop - start) * work)
+            if not np.isnan(metrics[measure]).all():
+                bar.set_postfix_str(f"{measure} {np.nanmean(metrics[measure]):.4g}")
     finally:
         bar.close()
         events.close()
         checkpoints.close()
-    if (page := algorithm.film(jax.tree.map(lambda x: x[0], state))) is not None:
-        records.write(out / "rollout.html", page)
+    algorithm.export(state, out)
     return records.summarise(
         out,
         title=algorithm.title,

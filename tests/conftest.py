@@ -17,12 +17,12 @@ import jax.random as jr  # noqa: E402
 import pytest  # noqa: E402
 from jax import lax  # noqa: E402
 
-from spg.models import TabularPOMDP  # noqa: E402
 from spg.kernels.cells import GRU, Computed, Empty, Linear, Noisy, Window  # noqa: E402
 from spg.kernels.finite import finite_kernel  # noqa: E402
 from spg.kernels.heads import CategoricalHead  # noqa: E402
 from spg.kernels.kernel import Kernel  # noqa: E402
 from spg.kernels.networks import Normalizer  # noqa: E402
+from spg.models import TabularPOMDP  # noqa: E402
 from spg.types import Transition  # noqa: E402
 
 

@@ -60,7 +60,7 @@ def walk(config: Config, *, num_updates: int = 20, break_at: int = -1) -> traini
             "eval_return": state["x"].sum() + jr.normal(key),
             "eval_return_noise_free": state["x"].sum(),
         },
-        film=lambda state: None,
+        export=lambda state, out: None,
         num_updates=num_updates,
         steps_per_update=10,
     )

@@ -22,11 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from spg.kernels.finite import FiniteCell, Tables, tables
+from spg.kernels.finite import belief, predict, tables
 from spg.kernels.kernel import Kernel
 from spg.scans import linear_scan
 from spg.types import Scalar, Transition
-
 
 # (kernel, memory [M], segment) ↦ (log m_t of each step [L], memory after it [M])
 Likelihood = Callable[[Kernel, Array, Transition], tuple[Array, Array]]
@@ -86,15 +85,11 @@ def exp_istate_by_observations(
     return _filter(kernel, memory, segment, num_obs, filter_actions=False)
 
 
-def belief(kernel: Kernel) -> Float[Array, " G"]:
-    """α_0: the I-state that opens an episode is certain."""
-    assert isinstance(kernel.cell, FiniteCell)
-    return jax.nn.one_hot(kernel.z0, kernel.cell.num_z)
-
-
-def predict(alpha: Float[Array, " G"], table: Tables) -> Float[Array, " G"]:
-    """b(h) = Σ_g α(g) ω(h | g, o), `table` being of this one observation."""
-    return jnp.zeros_like(alpha).at[table.successors].add(alpha[:, None] * table.omega)
+def filtered(
+    kernel: Kernel, memory: Float[Array, " G"], segment: Transition, *, num_obs: int
+) -> Float[Array, "L G"]:
+    """α_t of `exp_istate`, before o_t is consumed: what a baseline may depend on, with o_t."""
+    return _alphas(kernel, memory, segment, num_obs, True)[1][0]
 
 
 def _filter(
@@ -105,19 +100,33 @@ def _filter(
     *,
     filter_actions: bool,
 ) -> tuple[Float[Array, " L"], Float[Array, " G"]]:
-    rows = jax.tree.map(lambda x: x[segment.obs], tables(kernel, jnp.arange(num_obs)))
-    rows = rows._replace(mu=jax.vmap(lambda mu, a: mu[:, a])(rows.mu, segment.action))
+    memory, (_, log_prob) = _alphas(kernel, memory, segment, num_obs, filter_actions)
+    return log_prob, memory
+
+
+def _alphas(
+    kernel: Kernel,
+    memory: Float[Array, " G"],
+    segment: Transition,
+    num_obs: int,
+    filter_actions: bool,
+) -> tuple[Float[Array, " G"], tuple[Float[Array, "L G"], Float[Array, " L"]]]:
+    """The memory after the segment; α_t and log m_t of its steps."""
+    table = tables(kernel, jnp.arange(num_obs))  # once, not at every step
+    mu = table.mu[segment.obs]
+    mu = jnp.take_along_axis(mu, segment.action[:, None, None], -1)[..., 0]
+    inputs = table.omega[segment.obs], table.successors[segment.obs], mu, segment.first
 
     @jax.checkpoint  # what the backward pass keeps of a step is α
     def step(alpha, inputs):
-        row, first = inputs
-        prior = predict(jnp.where(first, belief(kernel), alpha), row)
-        joint = prior * row.mu
+        omega, successors, mu, first = inputs
+        alpha = jnp.where(first, belief(kernel), alpha)
+        prior = predict(alpha, omega, successors)
+        joint = prior * mu
         m = joint.sum()
-        return joint / m if filter_actions else prior, jnp.log(m)
+        return joint / m if filter_actions else prior, (alpha, jnp.log(m))
 
-    memory, log_prob = lax.scan(step, memory, (rows, segment.first))
-    return log_prob, memory
+    return lax.scan(step, memory, inputs)
 
 
 # --- estimates
@@ -205,7 +214,7 @@ def segment(
 def gradient(
     likelihood: Likelihood,
     kernel: Kernel,
-    memory: Float[Array, " M"],
+    memory: Float[Array, "N M"],
     trajs: Transition,
     *,
     beta: Scalar,
@@ -216,7 +225,7 @@ def gradient(
     weight = weight if baseline is None else weight - baseline
 
     def surrogate(kernel):
-        log_prob = jax.vmap(lambda traj: likelihood(kernel, memory, traj)[0])(trajs)
+        log_prob, _ = jax.vmap(lambda memory, traj: likelihood(kernel, memory, traj))(memory, trajs)
         return jnp.mean(lax.stop_gradient(weight) * log_prob)
 
     return eqx.filter_grad(surrogate)(kernel)

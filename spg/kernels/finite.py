@@ -15,6 +15,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from spg.distributions import Categorical
+from spg.kernels.cells import Computed, unroll
+from spg.kernels.heads import Head
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Identity
 
@@ -159,6 +161,64 @@ def tables(kernel: Kernel, obs: Array) -> Tables:
     step, act = at_every_z(kernel.cell)(obs), at_every_z(kernel.head)(obs)
     successors = jnp.broadcast_to(z, step.logits.shape) if step.support is None else step.support
     return Tables(jax.nn.softmax(step.logits), successors, jax.nn.softmax(act.logits))
+
+
+def belief(kernel: Kernel) -> Float[Array, " G"]:
+    """The law of the I-state that opens an episode, which is certain."""
+    assert isinstance(kernel.cell, FiniteCell)
+    return jax.nn.one_hot(kernel.z0, kernel.cell.num_z)
+
+
+def predict(
+    alpha: Float[Array, " G"], omega: Float[Array, "G K"], successors: Int[Array, "G K"]
+) -> Float[Array, " G"]:
+    """Σ_g α(g) ω(h | g, o): the law of the next I-state, where α is that of the present one."""
+    return jnp.zeros_like(alpha).at[successors].add(alpha[:, None] * omega)
+
+
+class Belief(eqx.Module):
+    """A location: the law of the I-state given the observations alone, moved by `predict`."""
+
+    cell: FiniteCell
+
+    def __call__(self, obs: Array, z: Float[Array, " G"]) -> Float[Array, " G"]:
+        law = jax.vmap(self.cell, (None, 0))(obs, jnp.arange(len(z)))
+        every = jnp.broadcast_to(jnp.arange(len(z)), law.logits.shape)
+        return predict(z, jax.nn.softmax(law.logits), every if law.support is None else law.support)
+
+    def unroll(
+        self, obs: Array, z: Float[Array, " G"], first: Bool[Array, " L"], z0: Float[Array, " G"]
+    ) -> Float[Array, "L G"]:
+        return unroll(self, obs, z, first, z0)
+
+
+class MixtureHead(eqx.Module):
+    """Σ_h z(h) μ(a | h, o)."""
+
+    head: Head
+
+    def __call__(self, obs: Array, z_next: Float[Array, " G"]) -> Categorical:
+        law = jax.vmap(self.head, (None, 0))(obs, jnp.arange(len(z_next)))
+        return Categorical(jnp.log(z_next @ jax.nn.softmax(law.logits)))
+
+
+def expected_kernel(kernel: Kernel) -> Kernel:
+    """The policy of Exp-GPOMDP by observations: its internal state is the law of the I-state.
+
+    It draws actions independently, where the controller's depend on each other by way of the
+    I-state: another policy, with another average reward.
+    """
+    cell = Computed(Belief(kernel.cell))
+    return Kernel(cell, MixtureHead(kernel.head), kernel.normalizer, belief(kernel))
+
+
+def noise_free(kernel: Kernel, num_obs: int) -> Kernel:
+    """The table controller that always takes the most probable successor and action."""
+    omega, successors, mu = tables(kernel, jnp.arange(num_obs))
+    certain = lambda p: jnp.where(jax.nn.one_hot(jnp.argmax(p, -1), p.shape[-1]) > 0, 0.0, -jnp.inf)
+    swap = lambda x: jnp.swapaxes(x, 0, 1)
+    hard = finite_kernel(swap(certain(omega)), swap(certain(mu)), swap(successors))
+    return eqx.tree_at(lambda k: k.z0, hard, kernel.z0)
 
 
 def _integer(obs: Array) -> Array:

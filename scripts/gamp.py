@@ -1,0 +1,129 @@
+"""GAMP: exact policy gradients of the average reward for finite-state controllers.
+
+Aberdeen & Baxter (2002), with their optimiser CONJPOMDP, or with Adam. An update is one gradient.
+
+    python scripts/gamp.py --problem heavenhell --num-z 20
+    python scripts/gamp.py --problem model.POMDP --num-z 8 --out-degree 2
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from spg import cli, conjugate, training
+from spg.gamp import arnoldi, bicgstab, gamp, gmres, krylov_bias, krylov_law, solve
+from spg.kernels.finite import noise_free
+from spg.kernels.kernel import Kernel
+from spg.models import Problem
+
+
+@dataclass(frozen=True)
+class Config(cli.ProblemConfig, cli.RunConfig):
+    num_updates: int = 600
+    """gradients of each seed"""
+    optimiser: Literal["conjugate", "adam"] = "conjugate"
+    """CONJPOMDP with GSEARCH, or Adam"""
+    learning_rate: float = 0.05
+    """of Adam; falls linearly to 0"""
+    bound: float = 12.0
+    """logits are kept in [-bound, bound], away from saturation"""
+    solver: Literal["damped", "gmres", "bicgstab", "arnoldi"] = "gmres"
+    """of the stationary law and the Poisson equation; arnoldi is for the law, gmres goes with it"""
+    precision: Literal["double", "single"] = "double"
+    """of the arithmetic; gradients at a zero start may be as small as 1e-7"""
+
+
+class State(NamedTuple):
+    kernel: Kernel  # the controller so far
+    optimiser: PyTree  # an Ascent, or the state of Adam
+    key: PRNGKeyArray
+
+
+SOLVERS = {
+    "damped": {},
+    "gmres": {"law": partial(krylov_law, solver=gmres), "bias": partial(krylov_bias, solver=gmres)},
+    "bicgstab": {
+        "law": partial(krylov_law, solver=bicgstab),
+        "bias": partial(krylov_bias, solver=bicgstab),
+    },
+    "arnoldi": {"law": arnoldi, "bias": partial(krylov_bias, solver=gmres)},
+}
+
+
+def adam(config: Config) -> optax.GradientTransformation:
+    total = config.num_updates
+    return optax.adam(lambda count: config.learning_rate * (1 - count / total))
+
+
+def init(config: Config, problem: Problem, key: PRNGKeyArray) -> State:
+    kernel = cli.make_controller(config, problem, key=key)
+    params = eqx.filter(kernel, eqx.is_inexact_array)
+    start = conjugate.init if config.optimiser == "conjugate" else adam(config).init
+    return State(kernel, start(params), key)
+
+
+def step(config: Config, problem: Problem, state: State) -> tuple[State, dict[str, Array]]:
+    """One gradient, at a trial point of the line search or where Adam stands."""
+    params, static = eqx.partition(state.kernel, eqx.is_inexact_array)
+    settings = conjugate.Settings(bound=config.bound)
+    ascent = state.optimiser
+    if config.optimiser == "conjugate":
+        params = conjugate.ask(ascent, settings)
+    kernel = eqx.combine(params, static)
+    gradient, solution = gamp(kernel, problem.pomdp, **SOLVERS[config.solver])
+    gradient, value = eqx.filter(gradient, eqx.is_inexact_array), solution.average_reward
+    if config.optimiser == "conjugate":
+        ascent = conjugate.tell(ascent, settings, value, gradient)
+        params, value = ascent.params, ascent.value
+    else:
+        descent = jax.tree.map(jnp.negative, gradient)
+        updates, ascent = adam(config).update(descent, ascent, params)
+        moved = optax.apply_updates(params, updates)
+        params = jax.tree.map(lambda x: jnp.clip(x, -config.bound, config.bound), moved)
+    metrics = {
+        "average_reward": value,
+        "gradient_norm": optax.tree.norm(gradient),
+        "law_residual": solution.law_residual,
+        "bias_residual": solution.bias_residual,
+        "products": solution.products.sum(),
+        "converged": solution.converged * 1.0,
+    }
+    return State(eqx.combine(params, static), ascent, state.key), metrics
+
+
+def evaluate(problem: Problem, state: State, key: PRNGKeyArray) -> dict[str, Array]:
+    """η of the controller, and of the one that always does what is most probable."""
+    hard = noise_free(state.kernel, problem.pomdp.num_obs)
+    average_reward = lambda kernel: solve(kernel, problem.pomdp).average_reward
+    return {
+        "eval_average_reward": average_reward(state.kernel),
+        "eval_average_reward_noise_free": average_reward(hard),
+    }
+
+
+def make(config: Config) -> training.Algorithm:
+    """What `training.run` takes. Raises ValueError for what cannot run."""
+    cli.check_positive(config, "num_updates")
+    jax.config.update("jax_enable_x64", config.precision == "double")
+    problem = cli.open_problem(config)
+    return training.Algorithm(
+        name="gamp",
+        title=f"GAMP, {config.num_z} I-states, out-degree {config.out_degree}: {problem.name}",
+        init=partial(init, config, problem),
+        step=partial(step, config, problem),
+        params=lambda state: state.kernel,
+        evaluate=partial(evaluate, problem),
+        export=lambda state, out: cli.save_controller(state.kernel, problem, out),
+        num_updates=config.num_updates,
+        steps_per_update=0,
+    )
+
+
+if __name__ == "__main__":
+    cli.main(Config, make)
