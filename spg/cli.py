@@ -146,15 +146,20 @@ def save_film(kernels: Kernel, env: Environment, env_params: Any, out: Path) -> 
 C = TypeVar("C", bound=RunConfig)
 
 
-def main(config_type: type[C], make: Callable[[C], training.Algorithm]) -> None:
+def main(
+    config_type: type[C], make: Callable[[C], training.Algorithm], *, cores: bool = True
+) -> None:
     """Parse the command line, train, and print the table of the final returns.
+
+    With `cores` each core of a CPU becomes a device, see `use_cores`.
 
     Ends with status 2 and one line where the user erred, with 130 when interrupted.
     """
     config = tyro.cli(config_type)
     try:
         check_positive(config, "num_seeds", "checkpoints", "eval_episodes")
-        use_cores(config.num_seeds)
+        if cores:
+            use_cores(config.num_seeds)
         algorithm = make(config)
         directory = records.open_run(config, algorithm.name)
     except (ValueError, OSError, records.RunError) as error:

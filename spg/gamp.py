@@ -48,11 +48,12 @@ def solve(
 
         d = dK,  d·1 = 1;      (I - K) x = r - η 1;      ∇η = d (∇K) x
 
-    `law` finds d, by default `power`, else `arnoldi` or `krylov_law`; `bias` finds x, by default
-    `richardson`, else `krylov_bias`. d is the limit from the first states of the world and of the
+    `law` finds d, by default `arnoldi`, else `power` or `krylov_law`; `bias` finds x, by default
+    `krylov_bias` with `gmres`, else `richardson`. d is the limit from the first states of the world and of the
     kernel, so that η means the same where the chain has several recurrent classes; unless they all
     have the same η there is no x then, and `converged` is false. A periodic chain is no obstacle.
-    `tol` is for both residuals, by default 1e-5 in single and 1e-12 in double precision.
+    `tol` is for both residuals, by default 1e-6 in single and 1e-12 in double precision; what it
+    leaves of error in d and x is larger by the mixing time.
 
     The derivative of `average_reward` is exact to first order in everything that it depends on:
     the kernel, probabilities and rewards. (d and x are constants to a second derivative.)
@@ -61,16 +62,18 @@ def solve(
     table = tables(kernel, jnp.arange(pomdp.num_obs))
     num_z = kernel.cell.num_z
     start = pomdp.start[:, None] * jax.nn.one_hot(kernel.z0, num_z, dtype=pomdp.start.dtype)
-    tol = {4: 1e-5, 8: 1e-12}[start.dtype.itemsize] if tol is None else tol
+    tol = {4: 1e-6, 8: 1e-12}[start.dtype.itemsize] if tol is None else tol
 
     frozen = lax.stop_gradient((table, pomdp))
     push = partial(_push, *frozen)
     evaluate = partial(_evaluate, *frozen)  # x ↦ r + Kx
     reward = evaluate(jnp.zeros_like(start))
     pull = lambda x: evaluate(x) - reward
-    d, law_products = (law or power)(push, start, jnp.asarray(tol, start.dtype))
+    d, law_products = (law or arnoldi)(push, start, jnp.asarray(tol, start.dtype))
     eta = jnp.vdot(d, reward)
-    x, bias_products = (bias or richardson)(pull, reward - eta, d, jnp.asarray(tol, start.dtype))
+    x, bias_products = (bias or partial(krylov_bias, solver=gmres))(
+        pull, reward - eta, d, jnp.asarray(tol, start.dtype)
+    )
     d, x = lax.stop_gradient((d, x))
     law_residual = jnp.abs(push(d) - d).sum()
     bias_residual = _span(reward - eta + pull(x) - x) / (1 + _span(x))
@@ -164,7 +167,9 @@ def arnoldi(
     Of all d in the Krylov space of `basis` vectors the one with the least ‖dK - d‖₂: the smallest
     right singular vector of the Hessenberg matrix minus the identity.
     """
+    basis = min(basis, start.size)
     identity = jnp.eye(basis + 1, basis, dtype=start.dtype)
+    eps = jnp.finfo(start.dtype).eps
 
     def grow(j, state):
         vectors, hessenberg = state
@@ -174,8 +179,9 @@ def arnoldi(
         second = vectors @ w  # once more, for orthogonality
         w = w - second @ vectors
         norm = jnp.linalg.norm(w)
-        column = (first + second).at[j + 1].set(norm)
-        vectors = vectors.at[j + 1].set(w / jnp.where(norm > 0, norm, 1))
+        fresh = norm > 100 * eps * jnp.linalg.norm(first)  # else the space is exhausted
+        vectors = vectors.at[j + 1].set(jnp.where(fresh, w / norm, 0.0))
+        column = (first + second).at[j + 1].set(jnp.where(fresh, norm, 0.0))
         return vectors, hessenberg.at[:, j].set(column)
 
     def step(state):

@@ -59,6 +59,8 @@ def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
     mesh = Mesh(np.array(jax.devices()[:num_devices]), ("seed",))
     sharding = NamedSharding(mesh, PartitionSpec("seed"))
     over_seeds = partial(jax.shard_map, mesh=mesh, out_specs=PartitionSpec("seed"), check_vma=False)
+    if num_devices == 1:
+        over_seeds = lambda f, in_specs: f  # lineax's GMRES, for one, does not run in a shard_map
     marks = _marks(algorithm.num_updates, config.checkpoints * SLICES)
     at_checkpoints = set(_marks(algorithm.num_updates, config.checkpoints))
     size = max(b - a for a, b in pairwise(marks))

@@ -19,8 +19,19 @@ from spg.envs import brax
 from spg.envs.adapters import Adapter, AdapterState, View, entries, flat, own, own_and_state
 from spg.envs.brax import Brax, render
 from spg.envs.memory import RepeatFirst, TMaze
+from spg.envs.tabular import Tabular, tabular_params
 
-__all__ = ["Adapter", "AdapterState", "Brax", "RepeatFirst", "TMaze", "make", "render"]
+__all__ = [
+    "Adapter",
+    "AdapterState",
+    "Brax",
+    "RepeatFirst",
+    "TMaze",
+    "Tabular",
+    "make",
+    "render",
+    "tabular_params",
+]
 
 OBSERVABLE = ("all", "positions", "velocities", "state")
 _OWN = {"TMaze-memory": TMaze, "RepeatFirst-memory": RepeatFirst}

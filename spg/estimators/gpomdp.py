@@ -196,8 +196,9 @@ def segment(
 
     kept = beta * ~segment.first
     before = jnp.cumprod(kept)  # of e_{-1} in e_t
-    weight, last = _weights(segment, beta)
-    weight = weight if baseline is None else weight - baseline
+    weight = returns(segment, beta) - (0 if baseline is None else baseline)
+    end = jnp.zeros_like(weight).at[-1].set(1)
+    last = linear_scan(_decay(segment, beta), end, reverse=True)  # of a score in the last trace
     zero = jnp.zeros_like(memory)
     from_before = jnp.vdot(segment.reward, before)
     num_steps = len(segment.reward)
@@ -221,8 +222,8 @@ def gradient(
     baseline: Float[Array, "N T"] | None = None,
 ) -> Kernel:
     """Mean over N trajectories of the estimates of `segment` from empty traces, in one pass."""
-    weight = jax.vmap(lambda traj: _weights(traj, beta)[0])(trajs)
-    weight = weight if baseline is None else weight - baseline
+    weight = jax.vmap(lambda traj: returns(traj, beta))(trajs)
+    weight = weight - (0 if baseline is None else baseline)
 
     def surrogate(kernel):
         log_prob, _ = jax.vmap(lambda memory, traj: likelihood(kernel, memory, traj))(memory, trajs)
@@ -231,8 +232,10 @@ def gradient(
     return eqx.filter_grad(surrogate)(kernel)
 
 
-def _weights(segment: Transition, beta: Scalar) -> tuple[Float[Array, " L"], Float[Array, " L"]]:
-    """Of each score: in Σ_t r_{t+1} e_t, and in the last trace."""
-    decay = jnp.append(beta * ~segment.first[1:], 0.0)
-    last = jnp.zeros_like(segment.reward).at[-1].set(1)
-    return tuple(linear_scan(decay, u, reverse=True) for u in (segment.reward, last))
+def returns(segment: Transition, beta: Scalar) -> Float[Array, " L"]:
+    """Σ_u β^{u-t} r_{u+1} within the segment and the episode: the weight of the score of step t."""
+    return linear_scan(_decay(segment, beta), segment.reward, reverse=True)
+
+
+def _decay(segment: Transition, beta: Scalar) -> Float[Array, " L"]:
+    return jnp.append(beta * ~segment.first[1:], 0.0)

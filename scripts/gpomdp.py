@@ -1,0 +1,204 @@
+"""IState-GPOMDP and Exp-GPOMDP: the average reward of finite-state controllers from simulation.
+
+Aberdeen & Baxter (2002). An update is one gradient from endless trajectories that go on where the
+last ones stopped, with empty traces.
+
+    python scripts/gpomdp.py                                         # Exp-GPOMDP on Load/Unload
+    python scripts/gpomdp.py --problem heavenhell --num-z 20 --estimator istate
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from spg import cli, conjugate, training
+from spg.estimators import gpomdp
+from spg.kernels.finite import expected_kernel
+from spg.kernels.kernel import Kernel
+from spg.models import Problem
+from spg.rollout import Carry, evaluation, reset, rollout
+from spg.types import Transition
+
+
+@dataclass(frozen=True)
+class Config(cli.ProblemConfig, cli.RunConfig):
+    estimator: Literal["istate", "exp", "exp-observations"] = "exp"
+    """IState-GPOMDP; Exp-GPOMDP with the actions filtered; the same by observations alone, which is
+    the gradient of another policy, and that one acts"""
+    total_steps: int = 10_000_000
+    """environment steps of each seed"""
+    num_envs: int = 100
+    """endless trajectories, side by side"""
+    num_steps: int = 200
+    """steps of each in a gradient"""
+    beta: float = 0.95
+    """discount of the eligibility trace"""
+    baseline: Literal["none", "reward", "value"] = "value"
+    """subtract from the rewards their running mean; then also a running value of (o, I-state)"""
+    optimiser: Literal["adam", "conjugate"] = "adam"
+    """Adam, or CONJPOMDP with GSEARCH"""
+    learning_rate: float = 0.02
+    """of Adam; falls linearly to 0"""
+    tolerance: float = 1e-6
+    """of GSEARCH: inner products of gradients below it are noise"""
+    bound: float = 12.0
+    """logits are kept in [-bound, bound], away from saturation"""
+    eval_steps: int = 2_000
+    """length of the episodes of an evaluation"""
+
+    @property
+    def num_updates(self) -> int:
+        return self.total_steps // (self.num_envs * self.num_steps)
+
+
+class Baseline(NamedTuple):
+    """Running means over the past updates, none of which saw the present one's data."""
+
+    reward: Float[Array, ""]
+    sums: Float[Array, "G O"]  # of Σ β^u (r - reward) after (g, o)
+    counts: Float[Array, "G O"]
+
+
+class State(NamedTuple):
+    kernel: Kernel
+    optimiser: PyTree  # an Ascent, or the state of Adam
+    baseline: Baseline
+    carry: Carry  # of each environment
+    key: PRNGKeyArray
+
+
+Env = tuple[Any, Any]  # a Gymnax environment and its parameters
+
+
+def adam(config: Config) -> optax.GradientTransformation:
+    total = config.num_updates
+    return optax.adam(lambda count: config.learning_rate * (1 - count / total))
+
+
+def acting(config: Config, kernel: Kernel) -> Kernel:
+    return expected_kernel(kernel) if config.estimator == "exp-observations" else kernel
+
+
+def init(config: Config, problem: Problem, env: Env, key: PRNGKeyArray) -> State:
+    kernel_key, reset_key, key = jr.split(key, 3)
+    kernel = cli.make_controller(config, problem, key=kernel_key)
+    params = eqx.filter(kernel, eqx.is_inexact_array)
+    start = conjugate.init if config.optimiser == "conjugate" else adam(config).init
+    table = jnp.zeros((config.num_z, problem.pomdp.num_obs))
+    carry = jax.vmap(lambda key: reset(acting(config, kernel), *env, key=key))(
+        jr.split(reset_key, config.num_envs)
+    )
+    baseline = Baseline(jnp.zeros(()), table, table)
+    return State(kernel, start(params), baseline, carry, key)
+
+
+def estimate(
+    config: Config, problem: Problem, kernel: Kernel, baseline: Baseline, trajs: Transition
+) -> tuple[Kernel, Baseline]:
+    """The gradient, and the baseline with these trajectories taken in."""
+    num_obs = problem.pomdp.num_obs
+    one_hot = lambda z: jax.nn.one_hot(z, config.num_z)
+    if config.estimator == "istate":
+        likelihood, memory = gpomdp.istate, jnp.zeros((config.num_envs, 0))
+        alpha = one_hot(trajs.z)
+    elif config.estimator == "exp":
+        likelihood = partial(gpomdp.exp_istate, num_obs=num_obs)
+        memory = one_hot(trajs.z[:, 0])
+        filtered = partial(gpomdp.filtered, kernel, num_obs=num_obs)
+        alpha = jax.vmap(lambda memory, traj: filtered(memory, traj))(memory, trajs)
+    else:
+        likelihood = partial(gpomdp.exp_istate_by_observations, num_obs=num_obs)
+        memory, alpha = trajs.z[:, 0], trajs.z
+    mean = trajs.reward.mean()
+    rewards = trajs.reward - (0 if config.baseline == "none" else baseline.reward)
+    trajs = trajs._replace(reward=rewards)
+    value = None
+    if config.baseline == "value":
+        table = baseline.sums / jnp.maximum(baseline.counts, 1)
+        value = jnp.einsum("ntg,ntg->nt", alpha, table.T[trajs.obs])
+        returns = jax.vmap(lambda traj: gpomdp.returns(traj, config.beta))(trajs)
+        add = lambda x: jnp.zeros_like(table.T).at[trajs.obs].add(x).T
+        sums, counts = add(alpha * returns[..., None]), add(alpha)
+        baseline = baseline._replace(
+            sums=0.9 * baseline.sums + sums, counts=0.9 * baseline.counts + counts
+        )
+    gradient = gpomdp.gradient(likelihood, kernel, memory, trajs, beta=config.beta, baseline=value)
+    return gradient, baseline._replace(reward=0.9 * baseline.reward + 0.1 * mean)
+
+
+def step(
+    config: Config, problem: Problem, env: Env, state: State
+) -> tuple[State, dict[str, Array]]:
+    """One gradient, at a trial point of the line search or where Adam stands."""
+    key, rollout_key = jr.split(state.key)
+    params, static = eqx.partition(state.kernel, eqx.is_inexact_array)
+    settings = conjugate.Settings(tolerance=config.tolerance, bound=config.bound, safeguard=False)
+    ascent = state.optimiser
+    if config.optimiser == "conjugate":
+        params = conjugate.ask(ascent, settings)
+    kernel = eqx.combine(params, static)
+    run = partial(rollout, acting(config, kernel), *env, num_steps=config.num_steps)
+    rollout_keys = jr.split(rollout_key, config.num_envs)
+    carry, trajs, _ = jax.vmap(lambda c, k: run(c, key=k))(state.carry, rollout_keys)
+    gradient, baseline = estimate(config, problem, kernel, state.baseline, trajs)
+    gradient, value = eqx.filter(gradient, eqx.is_inexact_array), trajs.reward.mean()
+    if config.optimiser == "conjugate":
+        ascent = conjugate.tell(ascent, settings, value, gradient)
+        params = ascent.params
+    else:
+        descent = jax.tree.map(jnp.negative, gradient)
+        updates, ascent = adam(config).update(descent, ascent, params)
+        moved = optax.apply_updates(params, updates)
+        params = jax.tree.map(lambda x: jnp.clip(x, -config.bound, config.bound), moved)
+    metrics = {"average_reward": value, "gradient_norm": optax.tree.norm(gradient)}
+    return State(eqx.combine(params, static), ascent, baseline, carry, key), metrics
+
+
+def evaluate(config: Config, env: Env, state: State, key: PRNGKeyArray) -> dict[str, Array]:
+    """Average reward of fresh episodes, sampled and noise-free, of the policy that acts."""
+    env, env_params = env
+    env_params = env_params.replace(max_steps_in_episode=config.eval_steps)
+    kernel = acting(config, state.kernel)
+    returns = evaluation(kernel, env, env_params, num_episodes=config.eval_episodes, key=key)
+    return {
+        k.replace("return", "average_reward"): v / config.eval_steps for k, v in returns.items()
+    }
+
+
+def make(config: Config) -> training.Algorithm:
+    """What `training.run` takes. Raises ValueError for what cannot run."""
+    from spg.envs import Tabular  # here: importing gymnax starts JAX's backend
+
+    cli.check_positive(config, "num_envs", "num_steps", "eval_steps")
+    if not 0 <= config.beta < 1:
+        raise ValueError(f"beta is {config.beta}; it has to be at least 0 and below 1")
+    if config.num_updates < 1:
+        raise ValueError(
+            f"total_steps {config.total_steps} is less than one update of "
+            f"{config.num_envs} x {config.num_steps} steps"
+        )
+    problem = cli.open_problem(config)
+    env = Tabular(problem.pomdp)
+    env = env, env.default_params
+    return training.Algorithm(
+        name="gpomdp",
+        title=f"{config.estimator}, {config.num_z} I-states: {problem.name}",
+        init=partial(init, config, problem, env),
+        step=partial(step, config, problem, env),
+        params=lambda state: state.kernel,
+        evaluate=partial(evaluate, config, env),
+        export=lambda state, out: cli.save_controller(state.kernel, problem, out),
+        num_updates=config.num_updates,
+        steps_per_update=config.num_envs * config.num_steps,
+    )
+
+
+if __name__ == "__main__":
+    cli.main(Config, make)
