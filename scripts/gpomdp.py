@@ -163,10 +163,9 @@ def step(
 
 def evaluate(config: Config, env: Env, state: State, key: PRNGKeyArray) -> dict[str, Array]:
     """Average reward of fresh episodes, sampled and noise-free, of the policy that acts."""
-    env, env_params = env
-    env_params = env_params.replace(max_steps_in_episode=config.eval_steps)
+    params = env[1].replace(max_steps_in_episode=config.eval_steps)
     kernel = acting(config, state.kernel)
-    returns = evaluation(kernel, env, env_params, num_episodes=config.eval_episodes, key=key)
+    returns = evaluation(kernel, env[0], params, num_episodes=config.eval_episodes, key=key)
     return {
         k.replace("return", "average_reward"): v / config.eval_steps for k, v in returns.items()
     }

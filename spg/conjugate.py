@@ -71,7 +71,7 @@ def tell(state: Ascent, settings: Settings, value: Float[Array, ""], gradient: P
     With the safeguard, for exact values, a search that ended below the value of its start halves
     its step: it may have ended in a saturated corner, where the gradient is 0.
     """
-    slope = optax.tree.vdot(gradient, state.direction)
+    slope = _inner(gradient, state.direction)
     here = jnp.stack([state.step, slope])
     longest = 1e3 * settings.bound / _largest(state.direction)  # far beyond the bounds
 
@@ -82,11 +82,10 @@ def tell(state: Ascent, settings: Settings, value: Float[Array, ""], gradient: P
         return state._replace(step=s, lower=lower, upper=upper, phase=_phase(LAND))
 
     def arrive():
-        norm = optax.tree.vdot(gradient, gradient)
-        old = optax.tree.vdot(state.gradient, state.gradient)
-        c = (norm - optax.tree.vdot(state.gradient, gradient)) / jnp.where(old > 0, old, jnp.inf)
+        norm, old = _inner(gradient, gradient), _inner(state.gradient, state.gradient)
+        c = (norm - _inner(state.gradient, gradient)) / jnp.where(old > 0, old, jnp.inf)
         conjugate = jax.tree.map(lambda g, h: g + c * h, gradient, state.direction)
-        uphill = optax.tree.vdot(conjugate, gradient) >= 0  # else start again along the gradient
+        uphill = _inner(conjugate, gradient) >= 0  # else start again along the gradient
         return Ascent(
             params=ask(state, settings),
             value=value,
@@ -118,6 +117,10 @@ def tell(state: Ascent, settings: Settings, value: Float[Array, ""], gradient: P
     for i, candidate in enumerate(following):
         result = _select(is_phase(i), candidate, result)
     return result
+
+
+def _inner(x: PyTree, y: PyTree) -> Float[Array, ""]:
+    return jnp.asarray(optax.tree.vdot(x, y))
 
 
 def _phase(i: int) -> Int[Array, ""]:

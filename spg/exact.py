@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from spg.kernels.cells import Computed
-from spg.kernels.finite import FiniteCell, tables
+from spg.kernels.finite import FiniteCell, belief, tables
 from spg.kernels.kernel import Kernel
 from spg.models import TabularPOMDP
 from spg.types import Scalar, Transition
@@ -190,5 +190,4 @@ def _log_prob(kernel: Kernel, traj: Transition) -> Float[Array, ""]:
 
 def _start(kernel: Kernel, pomdp: TabularPOMDP) -> Float[Array, "S G"]:
     """Law of (s_0, z_0)."""
-    assert isinstance(kernel.cell, FiniteCell)
-    return pomdp.start[:, None] * jax.nn.one_hot(kernel.z0, kernel.cell.num_z)
+    return pomdp.start[:, None] * belief(kernel)

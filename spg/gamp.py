@@ -6,7 +6,7 @@ iteration costs as many multiplications as the world and the controller have non
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,10 +15,9 @@ import lineax as lx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from spg.kernels.finite import FiniteCell, Tables, tables
+from spg.kernels.finite import Tables, belief, tables
 from spg.kernels.kernel import Kernel
 from spg.models import POMDP
-from spg.types import Scalar
 
 Vector = Float[Array, "S G"]  # a law of (s, g), or a function of it
 Apply = Callable[[Vector], Vector]
@@ -49,26 +48,25 @@ def solve(
         d = dK,  d·1 = 1;      (I - K) x = r - η 1;      ∇η = d (∇K) x
 
     `law` finds d, by default `arnoldi`, else `power` or `krylov_law`; `bias` finds x, by default
-    `krylov_bias` with `gmres`, else `richardson`. d is the limit from the first states of the world and of the
-    kernel, so that η means the same where the chain has several recurrent classes; unless they all
-    have the same η there is no x then, and `converged` is false. A periodic chain is no obstacle.
+    `krylov_bias` with `gmres`, else `richardson`. d is the limit from the first states of the world
+    and of the kernel, so that η means the same where the chain has several recurrent classes;
+    unless they all have the same η there is no x then, and `converged` is false. A periodic chain
+    is no obstacle.
     `tol` is for both residuals, by default 1e-6 in single and 1e-12 in double precision; what it
     leaves of error in d and x is larger by the mixing time.
 
     The derivative of `average_reward` is exact to first order in everything that it depends on:
     the kernel, probabilities and rewards. (d and x are constants to a second derivative.)
     """
-    assert isinstance(kernel.cell, FiniteCell)
     table = tables(kernel, jnp.arange(pomdp.num_obs))
-    num_z = kernel.cell.num_z
-    start = pomdp.start[:, None] * jax.nn.one_hot(kernel.z0, num_z, dtype=pomdp.start.dtype)
+    start = pomdp.start[:, None] * belief(kernel).astype(pomdp.start.dtype)
     tol = {4: 1e-6, 8: 1e-12}[start.dtype.itemsize] if tol is None else tol
 
     frozen = lax.stop_gradient((table, pomdp))
-    push = partial(_push, *frozen)
-    evaluate = partial(_evaluate, *frozen)  # x ↦ r + Kx
+    push: Apply = lambda d: _push(*frozen, d)
+    evaluate = lambda x: _evaluate(*frozen, x)  # r + Kx
     reward = evaluate(jnp.zeros_like(start))
-    pull = lambda x: evaluate(x) - reward
+    pull: Apply = lambda x: evaluate(x) - reward
     d, law_products = (law or arnoldi)(push, start, jnp.asarray(tol, start.dtype))
     eta = jnp.vdot(d, reward)
     x, bias_products = (bias or partial(krylov_bias, solver=gmres))(
@@ -246,11 +244,11 @@ def krylov_bias(
     return _lineax(closed, gain, jnp.zeros_like(gain), solver(tol))
 
 
-def gmres(tol: Scalar, *, restart: int = 20, max_restarts: int = 500) -> lx.GMRES:
+def gmres(tol: Any, *, restart: int = 20, max_restarts: int = 500) -> lx.GMRES:
     return lx.GMRES(rtol=tol, atol=tol, restart=restart, max_steps=max_restarts)
 
 
-def bicgstab(tol: Scalar, *, max_steps: int = 20_000) -> lx.BiCGStab:
+def bicgstab(tol: Any, *, max_steps: int = 20_000) -> lx.BiCGStab:
     return lx.BiCGStab(rtol=tol, atol=tol, max_steps=max_steps)
 
 

@@ -4,7 +4,8 @@ Both forms have what GAMP and the environment `spg.envs.Tabular` need. Order of 
 s emits o, the policy draws z' and a, s moves to s', the reward r(s, a, s') is received.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -113,13 +114,17 @@ def sparse_pomdp(
     repeats, probabilities add up and rewards are averaged by them. `emissions` are (s, o, O(o|s)).
     `start` is the law of the first state and tells the number of states. The names serve messages.
 
-    Raises ValueError, naming the row, for an index out of range, a probability that is negative
-    or not finite, a reward that is not finite, or a row that does not sum to one (within 1e-5;
-    rows are then normalised); and for an observation that no state emits, unless `unemitted`.
+    Raises ValueError, naming the row, for lists of different lengths, an index out of range, a
+    probability that is negative or not finite, a reward that is not finite, or a row that does not
+    sum to one (within 1e-5; rows are then normalised); and for an observation that no state emits,
+    unless `unemitted`.
     """
     size = len(start)
     s, a, t, p, r = (np.asarray(x) for x in transitions)
     u, o, q = (np.asarray(x) for x in emissions)
+    for lists in ((s, a, t, p, r), (u, o, q)):
+        if len({x.shape for x in lists}) > 1 or lists[0].ndim != 1:
+            raise ValueError(f"lists of different lengths: {[x.shape for x in lists]}")
     limits = ((s, size, "state"), (a, num_actions, "action"), (t, size, "state"))
     for x, limit, what in (*limits, (u, size, "state"), (o, num_obs, "observation")):
         if len(x) and (x.min() < 0 or x.max() >= limit):
@@ -130,13 +135,15 @@ def sparse_pomdp(
         raise ValueError(f"the reward of {_pair(s[i], a[i], states, actions)} is {r[i]}")
     row = s.astype(np.int64) * num_actions + a
     pair = lambda i: _pair(i // num_actions, i % num_actions, states, actions)
+    total = _total(p, row, size * num_actions, lambda i: f"transitions of {pair(i)}")
     key, p, rp = _merge(row * size + t, p, p * r)
     row, t = key // size, key % size
     r = rp / np.where(p > 0, p, 1)
-    p = p / _total(p, row, size * num_actions, lambda i: f"transitions of {pair(i)}")[row]
+    p = p / total[row]
+    total = _total(q, u, size, lambda i: f"observations of {_name(i, states, 'state')}")
     key, q = _merge(u.astype(np.int64) * num_obs + o, q)
     u, o = key // num_obs, key % num_obs
-    q = q / _total(q, u, size, lambda i: f"observations of {_name(i, states, 'state')}")[u]
+    q = q / total[u]
     start = start / _total(start, np.zeros(size, int), 1, lambda i: "start")[0]
     missing = np.setdiff1d(np.arange(num_obs), o[q > 0])
     if missing.size and not unemitted:
@@ -186,7 +193,7 @@ def _merge(key: np.ndarray, *values: np.ndarray) -> tuple[np.ndarray, ...]:
     return unique, *sums
 
 
-def _total(p: np.ndarray, row: np.ndarray, num_rows: int, name) -> np.ndarray:
+def _total(p: np.ndarray, row: np.ndarray, num_rows: int, name: Callable[[Any], str]) -> np.ndarray:
     """Σ p of each row, which has to be 1."""
     bad = ~(p >= 0) | ~np.isfinite(p)
     if bad.any():
@@ -211,9 +218,9 @@ def _pad(x: np.ndarray, row: np.ndarray, keep: np.ndarray, num_rows: int) -> np.
     return out
 
 
-def _pair(s: int, a: int, states: tuple[str, ...], actions: tuple[str, ...]) -> str:
+def _pair(s: Any, a: Any, states: tuple[str, ...], actions: tuple[str, ...]) -> str:
     return f"{_name(s, states, 'state')} under {_name(a, actions, 'action')}"
 
 
-def _name(i: int, names: tuple[str, ...], what: str) -> str:
+def _name(i: Any, names: tuple[str, ...], what: str) -> str:
     return f"{what} {names[i]!r}" if names else f"{what} {i}"

@@ -127,7 +127,7 @@ def tabular_params(pomdp: POMDP) -> TabularParams:
 
 def _cumulative(p: Array) -> Float[Array, "..."]:
     """Cumulative probabilities in single precision, in which no rounding can draw a zero."""
-    p = np.asarray(p, np.float64)
-    total = np.cumsum(p, -1)
-    beyond = np.cumsum(p[..., ::-1], -1)[..., ::-1] - p  # the mass of later entries
+    mass = np.asarray(p, np.float64)
+    total = np.cumsum(mass, -1)
+    beyond = np.cumsum(mass[..., ::-1], -1)[..., ::-1] - mass  # the mass of later entries
     return jnp.asarray(np.where(beyond > 0, total, 2.0), jnp.float32)

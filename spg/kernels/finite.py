@@ -5,7 +5,8 @@ A network in place of a table is any module with `num_z` and a `Categorical` of 
 """
 
 import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -16,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from spg.distributions import Categorical
 from spg.kernels.cells import Computed, unroll
-from spg.kernels.heads import Head
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Identity
 
@@ -153,9 +153,7 @@ class Tables(NamedTuple):
 
 def tables(kernel: Kernel, obs: Array) -> Tables:
     """ω and μ at the observations `[N, ...]` in every I-state; differentiable in the kernel."""
-    if not isinstance(kernel.cell, FiniteCell):
-        raise TypeError(f"a finite-state controller is needed; this cell is {type(kernel.cell)}")
-    z = jnp.arange(kernel.cell.num_z)
+    z = jnp.arange(_finite(kernel).num_z)
     at_every_z = lambda law: jax.vmap(lambda o: jax.vmap(law, (None, 0))(o, z))
     obs = jax.vmap(kernel.normalizer)(obs)
     step, act = at_every_z(kernel.cell)(obs), at_every_z(kernel.head)(obs)
@@ -165,8 +163,7 @@ def tables(kernel: Kernel, obs: Array) -> Tables:
 
 def belief(kernel: Kernel) -> Float[Array, " G"]:
     """The law of the I-state that opens an episode, which is certain."""
-    assert isinstance(kernel.cell, FiniteCell)
-    return jax.nn.one_hot(kernel.z0, kernel.cell.num_z)
+    return jax.nn.one_hot(kernel.z0, _finite(kernel).num_z)
 
 
 def predict(
@@ -195,7 +192,7 @@ class Belief(eqx.Module):
 class MixtureHead(eqx.Module):
     """Σ_h z(h) μ(a | h, o)."""
 
-    head: Head
+    head: Callable[..., Categorical]
 
     def __call__(self, obs: Array, z_next: Float[Array, " G"]) -> Categorical:
         law = jax.vmap(self.head, (None, 0))(obs, jnp.arange(len(z_next)))
@@ -208,8 +205,10 @@ def expected_kernel(kernel: Kernel) -> Kernel:
     It draws actions independently, where the controller's depend on each other by way of the
     I-state: another policy, with another average reward.
     """
-    cell = Computed(Belief(kernel.cell))
-    return Kernel(cell, MixtureHead(kernel.head), kernel.normalizer, belief(kernel))
+    head: Any = kernel.head
+    return Kernel(
+        Computed(Belief(_finite(kernel))), MixtureHead(head), kernel.normalizer, belief(kernel)
+    )
 
 
 def noise_free(kernel: Kernel, num_obs: int) -> Kernel:
@@ -219,6 +218,12 @@ def noise_free(kernel: Kernel, num_obs: int) -> Kernel:
     swap = lambda x: jnp.swapaxes(x, 0, 1)
     hard = finite_kernel(swap(certain(omega)), swap(certain(mu)), swap(successors))
     return eqx.tree_at(lambda k: k.z0, hard, kernel.z0)
+
+
+def _finite(kernel: Kernel) -> FiniteCell:
+    if not isinstance(kernel.cell, FiniteCell):
+        raise TypeError(f"a finite-state controller is needed; this cell is {type(kernel.cell)}")
+    return kernel.cell
 
 
 def _integer(obs: Array) -> Array:
