@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 from jaxtyping import PRNGKeyArray
 
-from spg import controllers, gamp, records, training
+from spg import controllers, gamp, graphs, records, training
 from spg.kernels.finite import random_controller
 from spg.kernels.kernel import Kernel
 from spg.models import Problem
@@ -123,7 +123,7 @@ def save_controller(kernels: Kernel, problem: Problem, out: Path) -> None:
     best = int(np.argmax([s.average_reward for s in solutions]))
     controllers.save(out / "controller.npz", each[best], problem, solutions[best].law)
     title = f"{problem.name}, average reward {solutions[best].average_reward:.4g}"
-    controllers.draw(out / "controller.png", each[best], problem, solutions[best].law, title=title)
+    graphs.draw(out / "controller.png", each[best], problem, solutions[best].law, title)
 
 
 def film(kernel: Kernel, env: Environment, env_params: Any, *, num_steps: int = 300) -> str | None:

@@ -40,7 +40,7 @@ def solve(
     pomdp: POMDP,
     *,
     law: Callable[[Apply, Vector, Array], tuple[Vector, Array]] | None = None,
-    bias: Callable[[Apply, Apply, Vector, Array], tuple[Vector, Array]] | None = None,
+    bias: Callable[[Apply, Vector, Vector, Array], tuple[Vector, Array]] | None = None,
     tol: float | None = None,
 ) -> Solution:
     """d, x and η of a finite-state controller, with ∇η by implicit differentiation.
@@ -67,11 +67,10 @@ def solve(
     evaluate = lambda x: _evaluate(*frozen, x)  # r + Kx
     reward = evaluate(jnp.zeros_like(start))
     pull: Apply = lambda x: evaluate(x) - reward
-    d, law_products = (law or arnoldi)(push, start, jnp.asarray(tol, start.dtype))
+    law, bias = law or arnoldi, bias or partial(krylov_bias, solver=gmres)
+    d, law_products = law(push, start, jnp.asarray(tol, start.dtype))
     eta = jnp.vdot(d, reward)
-    x, bias_products = (bias or partial(krylov_bias, solver=gmres))(
-        pull, reward - eta, d, jnp.asarray(tol, start.dtype)
-    )
+    x, bias_products = bias(pull, reward - eta, d, jnp.asarray(tol, start.dtype))
     d, x = lax.stop_gradient((d, x))
     law_residual = jnp.abs(push(d) - d).sum()
     bias_residual = _span(reward - eta + pull(x) - x) / (1 + _span(x))

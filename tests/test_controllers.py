@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spg.controllers import draw, edges, load, save, visits
+from spg.controllers import edges, load, save, visits
 from spg.envs.problems import load_unload
 from spg.gamp import solve
+from spg.graphs import draw
 from spg.kernels.finite import finite_kernel, tables
 
 pytestmark = pytest.mark.usefixtures("float64")
