@@ -30,9 +30,9 @@ class Solution(NamedTuple):
     law: Vector  # d(s, g), stationary
     bias: Vector  # x(s, g), differential values, up to a constant
     law_residual: Float[Array, ""]  # ‖dK - d‖₁
-    bias_residual: Float[Array, ""]  # span of r - η + Kx - x, over 1 + the span of x
+    bias_residual: Float[Array, ""]  # span of r - η + Kx - x, over the span of r
     products: Int[Array, "2"]  # applications of K that d and x took
-    converged: Bool[Array, ""]  # both residuals are at most the tolerance
+    converged: Bool[Array, ""]  # both residuals are about as small as was asked for
 
 
 def solve(
@@ -59,7 +59,7 @@ def solve(
     the kernel, probabilities and rewards. (d and x are constants to a second derivative.)
     """
     table = tables(kernel, jnp.arange(pomdp.num_obs))
-    start = pomdp.start[:, None] * belief(kernel).astype(pomdp.start.dtype)
+    start = lax.stop_gradient(pomdp.start[:, None] * belief(kernel).astype(pomdp.start.dtype))
     tol = {4: 1e-6, 8: 1e-12}[start.dtype.itemsize] if tol is None else tol
 
     frozen = lax.stop_gradient((table, pomdp))
@@ -73,7 +73,7 @@ def solve(
     x, bias_products = bias(pull, reward - eta, d, jnp.asarray(tol, start.dtype))
     d, x = lax.stop_gradient((d, x))
     law_residual = jnp.abs(push(d) - d).sum()
-    bias_residual = _span(reward - eta + pull(x) - x) / (1 + _span(x))
+    bias_residual, least = _poisson_residual(pull, reward - eta, x)
     surrogate = jnp.vdot(d, _evaluate(table, pomdp, x))  # its derivative is d (∇r + ∇K x)
     return Solution(
         average_reward=eta + surrogate - lax.stop_gradient(surrogate),
@@ -82,7 +82,7 @@ def solve(
         law_residual=law_residual,
         bias_residual=bias_residual,
         products=jnp.stack([law_products, bias_products]),
-        converged=(law_residual <= 10 * tol) & (bias_residual <= 10 * tol),
+        converged=(law_residual <= 10 * tol) & (bias_residual <= 10 * jnp.maximum(tol, least)),
     )
 
 
@@ -128,6 +128,20 @@ def _push(table: Tables, pomdp: POMDP, d: Vector) -> Vector:
     omega = jnp.einsum("ogk,ogkh->ogh", table.omega, every)
     w = emission[..., None] * jnp.einsum("sg,smgh->smh", d, omega[obs])
     return pomdp.push(jnp.einsum("smh,smha->sah", w, table.mu[obs]))
+
+
+def _poisson_residual(
+    pull: Apply, gain: Array, x: Array
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Span of gain + Kx - x over that of the gain, and what rounding leaves of it at best.
+
+    Where there is no solution x grows without bound; half of the digits have to be right.
+    """
+    eps = jnp.finfo(x.dtype).eps
+    scale = _span(gain)
+    scale = jnp.where(scale > 0, scale, 1)
+    least = jnp.minimum(32 * eps * _span(x) / scale, jnp.sqrt(eps))
+    return _span(gain + pull(x) - x) / scale, least
 
 
 def _span(x: Array) -> Float[Array, ""]:
@@ -218,15 +232,17 @@ def richardson(
 ) -> tuple[Vector, Int[Array, ""]]:
     """x ← ½ x + ½ (Kx + r - η) from zero, `gain` being r - η; ends by the span of the change."""
 
+    eps, scale = jnp.finfo(gain.dtype).eps, _span(gain)
+
     def step(state):
         x, _, n = state
         change = gain + pull(x) - x
         moved = x + change / 2
-        return moved - moved[0, 0], _span(change) / (1 + _span(x)), n + 1
+        enough = jnp.maximum(tol * scale, 8 * eps * _span(x))
+        return moved - moved[0, 0], _span(change) > enough, n + 1
 
-    going = lambda state: (state[1] > tol) & (state[2] < max_products)
-    zero = jnp.zeros_like(gain), jnp.full((), jnp.inf, gain.dtype), 0
-    x, _, n = lax.while_loop(going, step, zero)
+    going = lambda state: state[1] & (state[2] < max_products)
+    x, _, n = lax.while_loop(going, step, (jnp.zeros_like(gain), jnp.array(True), 0))
     return x, jnp.asarray(n)
 
 

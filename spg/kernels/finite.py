@@ -1,7 +1,6 @@
 """Finite-state controllers: the internal state is an integer, the I-state g → h.
 
 Observations are integers, or one-hot vectors, of which the position of the largest entry is read.
-A network in place of a table is any module with `num_z` and a `Categorical` of (o, g), of (o, h).
 """
 
 import math
@@ -46,14 +45,24 @@ class TableCell(eqx.Module):
         return Categorical(self.logits[z, o], self.successors[z, o])
 
     def replay(
-        self,
-        obs: Array,
-        z: Int[Array, " L"],
-        z_next: Int[Array, " L"],
-        first: Bool[Array, " L"],
-        z0: Int[Array, ""],
+        self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
     ) -> tuple[Float[Array, " L"], Int[Array, " L"]]:
-        return jax.vmap(lambda o, z, z_next: self(o, z).log_prob(z_next))(obs, z, z_next), z_next
+        return _replay(self, obs, z, z_next)
+
+
+class NetworkCell(eqx.Module):
+    """Any module in place of the table: `law(o, g)` is the `Categorical` of h."""
+
+    law: Callable[[Array, Array], Categorical]
+    num_z: int = eqx.field(static=True)
+
+    def __call__(self, obs: Array, z: Int[Array, ""]) -> Categorical:
+        return self.law(obs, z)
+
+    def replay(
+        self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
+    ) -> tuple[Float[Array, " L"], Int[Array, " L"]]:
+        return _replay(self, obs, z, z_next)
 
 
 class TableHead(eqx.Module):
@@ -218,6 +227,12 @@ def noise_free(kernel: Kernel, num_obs: int) -> Kernel:
     swap = lambda x: jnp.swapaxes(x, 0, 1)
     hard = finite_kernel(swap(certain(omega)), swap(certain(mu)), swap(successors))
     return eqx.tree_at(lambda k: k.z0, hard, kernel.z0)
+
+
+def _replay(
+    cell: FiniteCell, obs: Array, z: Int[Array, " L"], z_next: Int[Array, " L"]
+) -> tuple[Float[Array, " L"], Int[Array, " L"]]:
+    return jax.vmap(lambda o, z, z_next: cell(o, z).log_prob(z_next))(obs, z, z_next), z_next
 
 
 def _finite(kernel: Kernel) -> FiniteCell:
