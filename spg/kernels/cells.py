@@ -53,7 +53,7 @@ class GRU(eqx.Module):
 
     def unroll(
         self,
-        obs: Float[Array, "L o"],
+        obs: Array,
         z: Float[Array, " n"],
         first: Bool[Array, " L"],
         z0: Float[Array, " n"],
@@ -98,7 +98,7 @@ class Linear(eqx.Module):
 
     def unroll(
         self,
-        obs: Float[Array, "L o"],
+        obs: Array,
         z: Float[Array, " n"],
         first: Bool[Array, " L"],
         z0: Float[Array, " n"],
@@ -117,7 +117,7 @@ class Window(eqx.Module):
 
     def unroll(
         self,
-        obs: Float[Array, "L o"],
+        obs: Array,
         z: Float[Array, " n"],
         first: Bool[Array, " L"],
         z0: Float[Array, " n"],
@@ -133,7 +133,7 @@ class Empty(eqx.Module):
 
     def unroll(
         self,
-        obs: Float[Array, "L o"],
+        obs: Array,
         z: Float[Array, " 0"],
         first: Bool[Array, " L"],
         z0: Float[Array, " 0"],
@@ -146,12 +146,12 @@ class Computed(eqx.Module):
 
     location: Location
 
-    def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Delta:
+    def __call__(self, obs: Array, z: Float[Array, " n"]) -> Delta:
         return Delta(self.location(obs, z))
 
     def replay(
         self,
-        obs: Float[Array, "L o"],
+        obs: Array,
         z: Float[Array, "L n"],
         z_next: Float[Array, "L n"],
         first: Bool[Array, " L"],
@@ -175,7 +175,7 @@ class Noisy(eqx.Module):
 
     def replay(
         self,
-        obs: Float[Array, "L o"],
+        obs: Array,
         z: Float[Array, "L n"],
         z_next: Float[Array, "L n"],
         first: Bool[Array, " L"],
@@ -186,7 +186,7 @@ class Noisy(eqx.Module):
 
 def unroll(
     location: Location,
-    obs: Float[Array, "L o"],
+    obs: Array,
     z: Float[Array, " n"],
     first: Bool[Array, " L"],
     z0: Float[Array, " n"],

@@ -166,8 +166,7 @@ def tables(kernel: Kernel, obs: Array) -> Tables:
     at_every_z = lambda law: jax.vmap(lambda o: jax.vmap(law, (None, 0))(o, z))
     obs = jax.vmap(kernel.normalizer)(obs)
     step, act = at_every_z(kernel.cell)(obs), at_every_z(kernel.head)(obs)
-    successors = jnp.broadcast_to(z, step.logits.shape) if step.support is None else step.support
-    return Tables(jax.nn.softmax(step.logits), successors, jax.nn.softmax(act.logits))
+    return Tables(jax.nn.softmax(step.logits), _successors(step), jax.nn.softmax(act.logits))
 
 
 def belief(kernel: Kernel) -> Float[Array, " G"]:
@@ -189,8 +188,7 @@ class Belief(eqx.Module):
 
     def __call__(self, obs: Array, z: Float[Array, " G"]) -> Float[Array, " G"]:
         law = jax.vmap(self.cell, (None, 0))(obs, jnp.arange(len(z)))
-        every = jnp.broadcast_to(jnp.arange(len(z)), law.logits.shape)
-        return predict(z, jax.nn.softmax(law.logits), every if law.support is None else law.support)
+        return predict(z, jax.nn.softmax(law.logits), _successors(law))
 
     def unroll(
         self, obs: Array, z: Float[Array, " G"], first: Bool[Array, " L"], z0: Float[Array, " G"]
@@ -227,6 +225,12 @@ def noise_free(kernel: Kernel, num_obs: int) -> Kernel:
     swap = lambda x: jnp.swapaxes(x, 0, 1)
     hard = finite_kernel(swap(certain(omega)), swap(certain(mu)), swap(successors))
     return eqx.tree_at(lambda k: k.z0, hard, kernel.z0)
+
+
+def _successors(law: Categorical) -> Int[Array, "..."]:
+    if law.support is not None:
+        return law.support
+    return jnp.broadcast_to(jnp.arange(law.logits.shape[-1]), law.logits.shape)
 
 
 def _replay(
