@@ -20,11 +20,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from spg import cli, conjugate, training
 from spg.estimators import gpomdp
+from spg.estimators.returns import gae
 from spg.kernels.finite import expected_kernel
 from spg.kernels.kernel import Kernel
 from spg.models import Problem
 from spg.rollout import Carry, evaluation, reset, rollout
-from spg.types import Transition
+from spg.types import Transition, critic_view
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,18 @@ class Config(cli.ProblemConfig, cli.RunConfig):
     """steps of each in a gradient"""
     beta: float = 0.95
     """discount of the eligibility trace"""
-    baseline: Literal["none", "reward", "value"] = "value"
-    """subtract from the rewards their running mean; then also a running value of (o, I-state)"""
+    baseline: Literal["none", "reward", "value", "state"] = "state"
+    """subtract from the rewards their running mean; then also a running value of the I-state and
+    the observation, or of the I-state and the hidden state, which the simulator knows"""
+    gae_lambda: float = 1.0
+    """below 1, an action is credited by later values too: generalised advantage, of the baseline"""
     optimiser: Literal["adam", "conjugate"] = "adam"
     """Adam, or CONJPOMDP with GSEARCH"""
     learning_rate: float = 0.02
     """of Adam; falls linearly to 0"""
+    adam_eps: float = 1e-8
+    """added to the root mean square of a gradient's entry; where it dominates Adam is SGD, which
+    leaves alone what has no gradient, as most of a large controller at a flat start"""
     tolerance: float = 1e-6
     """of GSEARCH: inner products of gradients below it are noise"""
     bound: float = 12.0
@@ -62,8 +69,7 @@ class Baseline(NamedTuple):
     """Running means over the past updates, none of which saw the present one's data."""
 
     reward: Float[Array, ""]
-    sums: Float[Array, "G O"]  # of Σ β^u (r - reward) after (g, o)
-    counts: Float[Array, "G O"]
+    values: gpomdp.Values
 
 
 class State(NamedTuple):
@@ -79,11 +85,16 @@ Env = tuple[Any, Any]  # a Gymnax environment and its parameters
 
 def adam(config: Config) -> optax.GradientTransformation:
     total = config.num_updates
-    return optax.adam(lambda count: config.learning_rate * (1 - count / total))
+    return optax.adam(lambda i: config.learning_rate * (1 - i / total), eps=config.adam_eps)
 
 
 def acting(config: Config, kernel: Kernel) -> Kernel:
     return expected_kernel(kernel) if config.estimator == "exp-observations" else kernel
+
+
+def num_places(config: Config, problem: Problem) -> int:
+    """The size of what a baseline looks at."""
+    return len(problem.pomdp.start) if config.baseline == "state" else problem.pomdp.num_obs
 
 
 def init(config: Config, problem: Problem, env: Env, key: PRNGKeyArray) -> State:
@@ -91,11 +102,11 @@ def init(config: Config, problem: Problem, env: Env, key: PRNGKeyArray) -> State
     kernel = cli.make_controller(config, problem, key=kernel_key)
     params = eqx.filter(kernel, eqx.is_inexact_array)
     start = conjugate.init if config.optimiser == "conjugate" else adam(config).init
-    table = jnp.zeros((config.num_z, problem.pomdp.num_obs))
+    table = jnp.zeros((config.num_z, num_places(config, problem)))
     carry = jax.vmap(lambda key: reset(acting(config, kernel), *env, key=key))(
         jr.split(reset_key, config.num_envs)
     )
-    baseline = Baseline(jnp.zeros(()), table, table)
+    baseline = Baseline(jnp.zeros(()), gpomdp.Values(table, table))
     return State(kernel, start(params), baseline, carry, key)
 
 
@@ -119,17 +130,19 @@ def estimate(
     mean = trajs.reward.mean()
     rewards = trajs.reward - (0 if config.baseline == "none" else baseline.reward)
     trajs = trajs._replace(reward=rewards)
-    value = None
-    if config.baseline == "value":
-        table = baseline.sums / jnp.maximum(baseline.counts, 1)
-        value = jnp.einsum("ntg,ntg->nt", alpha, table.T[trajs.obs])
-        returns = jax.vmap(lambda traj: gpomdp.returns(traj, config.beta))(trajs)
-        add = lambda x: jnp.zeros_like(table.T).at[trajs.obs].add(x).T
-        sums, counts = add(alpha * returns[..., None]), add(alpha)
-        baseline = baseline._replace(
-            sums=0.9 * baseline.sums + sums, counts=0.9 * baseline.counts + counts
-        )
-    gradient = gpomdp.gradient(likelihood, kernel, memory, trajs, beta=config.beta, baseline=value)
+    returns = jax.vmap(lambda traj: gpomdp.returns(traj, config.beta))(trajs)
+    weight = returns
+    if config.baseline in ("value", "state"):
+        place = critic_view(trajs.obs)
+        value = gpomdp.value_baseline(baseline.values, alpha, place)
+        advantage = partial(gae, gamma=config.beta, gae_lambda=config.gae_lambda)
+        facts = trajs.reward, value, value[:, 1:], trajs.terminated, trajs.truncated
+        weight = jax.vmap(lambda *x: advantage(*x))(*(x[:, : config.num_steps - 1] for x in facts))
+        weight = jnp.pad(weight, ((0, 0), (0, 1)))  # nothing follows the last action
+        new = gpomdp.collect(alpha, place, returns, num_places=num_places(config, problem))
+        values = jax.tree.map(lambda old, new: 0.9 * old + new, baseline.values, new)
+        baseline = baseline._replace(values=values)
+    gradient = gpomdp.gradient(likelihood, kernel, memory, trajs, weight)
     return gradient, baseline._replace(reward=0.9 * baseline.reward + 0.1 * mean)
 
 
@@ -184,7 +197,7 @@ def make(config: Config) -> training.Algorithm:
             f"{config.num_envs} x {config.num_steps} steps"
         )
     problem = cli.open_problem(config)
-    env = Tabular(problem.pomdp)
+    env = Tabular(problem.pomdp, privileged=config.baseline == "state")
     env = env, env.default_params
     return training.Algorithm(
         name="gpomdp",

@@ -66,14 +66,16 @@ def solve(
     push: Apply = lambda d: _push(*frozen, d)
     evaluate = lambda x: _evaluate(*frozen, x)  # r + Kx
     reward = evaluate(jnp.zeros_like(start))
-    pull: Apply = lambda x: evaluate(x) - reward
     law, bias = law or arnoldi, bias or partial(krylov_bias, solver=gmres)
     d, law_products = law(push, start, jnp.asarray(tol, start.dtype))
     eta = jnp.vdot(d, reward)
-    x, bias_products = bias(pull, reward - eta, d, jnp.asarray(tol, start.dtype))
+    seen = d != 0  # exact: what cannot be reached takes no part, and may have another η
+    pull: Apply = lambda x: jnp.where(seen, evaluate(x) - reward, 0)
+    gain = jnp.where(seen, reward - eta, 0)
+    x, bias_products = bias(pull, gain, d, jnp.asarray(tol, start.dtype))
     d, x = lax.stop_gradient((d, x))
     law_residual = jnp.abs(push(d) - d).sum()
-    bias_residual, least = _poisson_residual(pull, reward - eta, x)
+    bias_residual, least = _poisson_residual(pull, gain, x)
     surrogate = jnp.vdot(d, _evaluate(table, pomdp, x))  # its derivative is d (∇r + ∇K x)
     return Solution(
         average_reward=eta + surrogate - lax.stop_gradient(surrogate),
@@ -239,7 +241,7 @@ def richardson(
         change = gain + pull(x) - x
         moved = x + change / 2
         enough = jnp.maximum(tol * scale, 8 * eps * _span(x))
-        return moved - moved[0, 0], _span(change) > enough, n + 1
+        return moved - jnp.vdot(law, moved) * (law != 0), _span(change) > enough, n + 1
 
     going = lambda state: state[1] & (state[2] < max_products)
     x, _, n = lax.while_loop(going, step, (jnp.zeros_like(gain), jnp.array(True), 0))

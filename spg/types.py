@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray, PyTree
 
 Scalar = float | Float[Array, ""]  # a hyper-parameter: a Python float, or traced to be vmapped
 
@@ -11,8 +11,8 @@ Scalar = float | Float[Array, ""]  # a hyper-parameter: a Python float, or trace
 class Observation(NamedTuple):
     """What the policy sees and, apart, what only the critic sees (a privileged critic)."""
 
-    policy: Float[Array, "*T obs"]
-    critic: Float[Array, "*T critic_obs"]
+    policy: Num[Array, "..."]  # floats `[obs]`, or an integer of a finite world
+    critic: Num[Array, "..."]
 
 
 class Transition(NamedTuple):

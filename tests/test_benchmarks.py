@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from scripts.benchmarks import memory
+from scripts.benchmarks import gamp_scale, memory
+from spg.envs.problems import tiger
 from spg.records import RunError
 
 TINY = memory.Config(
@@ -71,3 +72,31 @@ def test_segment_lengths_must_divide_the_rollout(tmp_path):
     with pytest.raises(ValueError, match="does not divide num_steps 4"):
         memory.main(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_gamp_benchmark_compares_solvers_that_agree(tmp_path, monkeypatch, capsys):
+    tiny = gamp_scale.Case(lambda: tiger().pomdp, 2, 2, num_seeds=1)
+    monkeypatch.setitem(gamp_scale.CASES, "tiny", tiny)
+    for method in ("arnoldi", "bicgstab"):  # to save compiling
+        monkeypatch.delitem(gamp_scale.METHODS, method)
+    config = gamp_scale.Config(
+        parts=("solvers", "compare"), cases=("tiny",), tolerances=(1e-4, 1e-12), repeats=1,
+        num_z=3, direct=(), iterative=(10,), out=str(tmp_path / "run"),
+    )  # fmt: skip
+    gamp_scale.main(config)
+    read = lambda name: list(csv.DictReader((tmp_path / "run" / name).open(newline="")))
+    errors = [float(row["error"]) for row in read("gamp_solvers.csv") if row["tol"] == "1e-12"]
+    assert len(errors) == len(gamp_scale.METHODS) == 2
+    assert max(errors) < 1e-9
+    assert (tmp_path / "run" / "gamp_solvers.png").stat().st_size > 0
+    scipy = read("gamp_scale.csv")
+    assert [row["rival"] for row in scipy] == ["csr", "factors"]
+    assert max(float(row[f"{who}_residual"]) for row in scipy for who in ("ours", "rival")) < 1e-8
+    assert "| tiny | 8 | damped |" in capsys.readouterr().out
+
+
+def test_cost_of_an_error_is_read_off_between_two_tolerances():
+    points = [{"products": n, "error": e} for n, e in ((10, 1e-3), (30, 1e-5), (50, 1e-7))]
+    assert gamp_scale.cost(points, "products") == pytest.approx(40)
+    assert np.isnan(gamp_scale.cost(points[:2], "products"))

@@ -120,7 +120,7 @@ def test_estimates_of_the_controller_are_unbiased(name, with_baseline):
 
 
 def test_exp_by_observations_is_unbiased_for_the_policy_that_draws_actions_apart():
-    """Its own gradient, which is not the controller's; nor is it unbiased on the controller's acts."""
+    """Its own gradient is not the controller's, and not what the controller's acts give."""
     pomdp, kernel = make_pomdp(jr.key(0)), make_finite_kernel(jr.key(1))
     name = "exp-observations"
     other = lambda kernel: exact.enumerate_return(expected_kernel(kernel), pomdp, **ONE)
@@ -244,9 +244,9 @@ def test_gradient_is_the_mean_of_segments_with_empty_traces(name):
     ]
     mean = jax.tree.map(lambda x, y: (x + y) / 2, *each)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *trajs)
-    gradient = gpomdp.gradient(
-        LIKELIHOODS[name], kernel, jnp.stack([memory] * 2), stacked, beta=0.9, baseline=baseline
-    )
+    weight = jax.vmap(lambda traj: gpomdp.returns(traj, 0.9))(stacked) - baseline
+    memory = jnp.stack([memory] * 2)
+    gradient = gpomdp.gradient(LIKELIHOODS[name], kernel, memory, stacked, weight)
     assert_trees_close(gradient, mean, rtol=1e-10, atol=1e-13)
 
 
@@ -254,7 +254,7 @@ def test_the_filter_by_observations_is_the_policy_that_acts():
     """The likelihood equals log π of `expected_kernel` on the same record."""
     kernel = make_finite_kernel(jr.key(1))
     traj = trajectory(kernel, starts=(0, 5))
-    log_m, alpha = LIKELIHOODS["exp-observations"](kernel, belief(kernel), traj)
+    log_m, _ = LIKELIHOODS["exp-observations"](kernel, belief(kernel), traj)
     other = expected_kernel(kernel)
     z = jnp.broadcast_to(other.z0, (12, 2))
     replay = other.replay(traj._replace(z=z, z_next=z))
@@ -273,3 +273,19 @@ def test_action_filtering_finds_the_istate_that_actions_reveal():
     assert np.allclose(alpha, [0, 1, 0])
     alphas = gpomdp.filtered(kernel, belief(kernel), traj, num_obs=1)
     assert np.allclose(alphas, [[1, 0, 0], [0, 0, 1]])
+
+
+def test_values_are_mean_returns_by_istate_and_observation():
+    kernel = make_finite_kernel(jr.key(1))
+    trajs = [trajectory(kernel, starts=(0, 5)), trajectory(kernel, starts=(0,))]
+    trajs = jax.tree.map(lambda *x: jnp.stack(x), *trajs)
+    returns = jax.vmap(lambda traj: gpomdp.returns(traj, 0.9))(trajs)
+    certain = jax.nn.one_hot(trajs.z, 2)
+    values = gpomdp.collect(certain, trajs.obs, returns, num_places=2)
+    baseline = gpomdp.value_baseline(values, certain, trajs.obs)
+    for g, o in np.ndindex(2, 2):
+        here = (trajs.z == g) & (trajs.obs == o)
+        assert np.allclose(baseline[here], returns[here].mean())
+    even = gpomdp.value_baseline(values, jnp.full((2, 12, 2), 0.5), trajs.obs)
+    table = values.sums / values.counts
+    assert np.allclose(even, table.mean(0)[trajs.obs])

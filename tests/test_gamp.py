@@ -234,6 +234,16 @@ def test_a_multichain_is_told_unless_its_classes_earn_the_same(name, rewards, eq
     assert (solution.bias_residual < 1e-10) == equal
 
 
+@pytest.mark.parametrize("name", SOUND)
+def test_what_cannot_be_reached_takes_no_part(name):
+    """State 2 keeps to itself and pays 100; states 0 and 1 alternate."""
+    pomdp = world([1, 0, 2], [0.0, 1.0, 100.0], [1.0, 0.0, 0.0])
+    solution = eqx.filter_jit(partial(gamp.solve, **SOLVERS[name]))(memoryless(3), pomdp)
+    assert solution.converged
+    assert np.allclose(solution.average_reward, 0.5)
+    assert solution.law[2, 0] == 0
+
+
 def test_a_world_without_reward_has_no_gradient():
     pomdp = random_world()._replace(reward=jnp.zeros((5, 3)))
     gradient, solution = gradient_of(sparse_kernel(3, 3), pomdp)

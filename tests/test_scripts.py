@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from scripts import ppo, reinforce
+from scripts import gamp, gpomdp, ppo, reinforce
 from spg import cli, training
 from spg.kernels.factory import make_kernel
 from spg.records import open_run, read_metrics
@@ -76,6 +76,57 @@ def test_ppo_runs_on_brax_and_leaves_the_page(tmp_path):
 def test_reinforce_runs(estimator, memory, segment_length, tmp_path):
     words = {"estimator": estimator, "memory": memory, "segment_length": segment_length}
     two_updates(reinforce, replace(REINFORCE, **words), tmp_path)
+
+
+@pytest.mark.parametrize("optimiser", ["conjugate", "adam"])
+def test_gamp_runs(optimiser, tmp_path):
+    config = gamp.Config(
+        num_updates=2, num_seeds=2, checkpoints=1, solver="damped", precision="single",
+        optimiser=optimiser,
+    )  # fmt: skip
+    data = two_updates(gamp, config, tmp_path)
+    assert data["converged"].all()
+    np.testing.assert_allclose(data["average_reward"][:, 0], 0.05, rtol=1e-3)
+    assert (data["env_steps"] == 0).all()
+    for file in ("controller.npz", "controller.png", "curve.png"):
+        assert (tmp_path / "run" / file).exists()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "optimiser", "baseline"),
+    [
+        ("istate", "adam", "value"),
+        ("exp", "adam", "value"),
+        ("exp", "conjugate", "none"),
+        ("exp-observations", "adam", "reward"),
+    ],
+)
+def test_gpomdp_runs(estimator, optimiser, baseline, tmp_path):
+    config = gpomdp.Config(
+        estimator=estimator, optimiser=optimiser, baseline=baseline, num_seeds=2, checkpoints=1,
+        num_envs=3, num_steps=8, total_steps=48, eval_episodes=2, eval_steps=5,
+    )  # fmt: skip
+    data = two_updates(gpomdp, config, tmp_path)
+    assert (data["gradient_norm"] >= 0).all()
+    assert np.isfinite(data["eval_average_reward"][:, -1]).all()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        (gamp, {"problem": "lodunload"}, "unknown problem 'lodunload'; choose from tiger"),
+        (gamp, {"problem": "no.POMDP"}, "no.POMDP"),
+        (gamp, {"out_degree": 5}, "out_degree 5 is more than num_z 4"),
+        (gpomdp, {"beta": 1.0}, "beta is 1.0"),
+        (gpomdp, {"total_steps": 10}, "less than one update"),
+    ],
+)
+def test_controller_scripts_refuse_what_cannot_run(script, words, message):
+    config = replace(
+        gamp.Config(precision="single") if script is gamp else gpomdp.Config(), **words
+    )
+    with pytest.raises((ValueError, OSError), match=message):
+        script.make(config)
 
 
 ONE_GRADIENT = replace(PPO, num_epochs=1, num_minibatches=1)

@@ -8,9 +8,10 @@ import numpy as np
 from flax import struct
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from spg.models import POMDP, SparsePOMDP, TabularPOMDP, sparse
+from spg.types import Observation
 
 
 class TabularState(NamedTuple):
@@ -35,13 +36,16 @@ class TabularParams:
 class Tabular(Environment):
     """The world of a model; the observation is an integer in 0..O-1, the action in 0..A-1.
 
+    With `privileged` it is an `Observation`, whose critic sees the state.
+
     Nothing terminates. With `max_steps_in_episode` an episode is truncated there and the next one
     opens; without it, the default, no reset is ever drawn. Models are parameters: `vmap` over
     `tabular_params` of several of the same shape.
     """
 
-    def __init__(self, pomdp: POMDP):
+    def __init__(self, pomdp: POMDP, *, privileged: bool = False):
         self._params, self._num_obs = tabular_params(pomdp), pomdp.num_obs
+        self._privileged = privileged
         self._num_actions = pomdp.num_actions
 
     @property
@@ -54,41 +58,33 @@ class Tabular(Environment):
         state: TabularState,
         action: ArrayLike,
         params: TabularParams | None = None,
-    ) -> tuple[Array, TabularState, Array, Array, Array, dict]:
+    ) -> tuple[PyTree, TabularState, Array, Array, Array, dict]:
         params = self._params if params is None else params
         if params.max_steps_in_episode is not None:
             return super().step(key, state, action, params)
         obs, state, reward, terminated, info = self.step_env(key, state, action, params)
         return obs, state, reward, terminated, terminated, info | {"final_observation": obs}
 
-    def reset_env(
-        self, key: PRNGKeyArray, params: TabularParams
-    ) -> tuple[Int[Array, ""], TabularState]:
+    def reset_env(self, key: PRNGKeyArray, params: TabularParams) -> tuple[PyTree, TabularState]:
         u = jr.uniform(key, (2,))
         s = jnp.searchsorted(params.start_cumulative, u[0], side="right").astype(jnp.int32)
-        obs = self._emit(u[1], s, params)
-        return obs, TabularState(s, obs, jnp.int32(0))
+        state = TabularState(s, self._emit(u[1], s, params), jnp.int32(0))
+        return self._see(state), state
 
     def step_env(
         self, key: PRNGKeyArray, state: TabularState, action: ArrayLike, params: TabularParams
-    ) -> tuple[Int[Array, ""], TabularState, Float[Array, ""], Bool[Array, ""], dict]:
+    ) -> tuple[PyTree, TabularState, Float[Array, ""], Bool[Array, ""], dict]:
         u = jr.uniform(key, (2,))
         i = jnp.sum(u[0] >= params.successor_cumulative[state.state, action])
         s = params.successor[state.state, action, i]
         reward = params.reward[state.state, action, i]
-        obs = self._emit(u[1], s, params)
-        return (
-            obs,
-            TabularState(s, obs, state.time + 1),
-            reward,
-            jnp.array(False),
-            {"discount": 1.0},
-        )
+        state = TabularState(s, self._emit(u[1], s, params), state.time + 1)
+        return self._see(state), state, reward, jnp.array(False), {"discount": 1.0}
 
     def observe(
         self, key: PRNGKeyArray, state: TabularState, action: Any, params: TabularParams
-    ) -> Int[Array, ""]:
-        return state.obs
+    ) -> PyTree:
+        return self._see(state)
 
     def is_truncated(self, state: TabularState, params: TabularParams) -> Bool[Array, ""]:
         limit = params.max_steps_in_episode
@@ -111,6 +107,9 @@ class Tabular(Environment):
     def observation_space(self, params: TabularParams | None = None) -> spaces.Discrete:
         return spaces.Discrete(self._num_obs)
 
+    def _see(self, state: TabularState) -> PyTree:
+        return Observation(state.obs, state.state) if self._privileged else state.obs
+
     def _emit(self, u: Array, s: Array, params: TabularParams) -> Int[Array, ""]:
         return params.observation[s, jnp.sum(u >= params.observation_cumulative[s])]
 
@@ -120,8 +119,9 @@ def tabular_params(pomdp: POMDP) -> TabularParams:
     model: SparsePOMDP = sparse(pomdp) if isinstance(pomdp, TabularPOMDP) else pomdp
     laws = (_cumulative(x) for x in (model.probability, model.emission, model.start))
     successors, observations, start = laws
+    reward = model.reward.astype(jnp.float32)  # as of every environment here
     return TabularParams(
-        model.successor, successors, model.reward, model.observation, observations, start
+        model.successor, successors, reward, model.observation, observations, start
     )
 
 

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from spg.kernels.finite import belief, predict, tables
 from spg.kernels.kernel import Kernel
 from spg.scans import linear_scan
-from spg.types import Scalar, Transition
+from spg.types import Scalar, Transition, policy_view
 
 # (kernel, memory [M], segment) ↦ (log m_t of each step [L], memory after it [M])
 Likelihood = Callable[[Kernel, Array, Transition], tuple[Array, Array]]
@@ -113,9 +113,10 @@ def _alphas(
 ) -> tuple[Float[Array, " G"], tuple[Float[Array, "L G"], Float[Array, " L"]]]:
     """The memory after the segment; α_t and log m_t of its steps."""
     table = tables(kernel, jnp.arange(num_obs))  # once, not at every step
-    mu = table.mu[segment.obs]
+    obs = policy_view(segment.obs)
+    mu = table.mu[obs]
     mu = jnp.take_along_axis(mu, segment.action[:, None, None], -1)[..., 0]
-    inputs = table.omega[segment.obs], table.successors[segment.obs], mu, segment.first
+    inputs = table.omega[obs], table.successors[obs], mu, segment.first
 
     @jax.checkpoint  # what the backward pass keeps of a step is α
     def step(alpha, inputs):
@@ -186,10 +187,10 @@ def segment(
     """
     params, static = eqx.partition(kernel, eqx.is_inexact_array)
     consume = lambda params, memory: likelihood(eqx.combine(params, static), memory, segment)
-    (_, memory), pull = jax.vjp(consume, params, state.memory)
+    (log_prob, memory), pull = jax.vjp(consume, params, state.memory)
 
     def total(weight, by_memory):
-        direct, by_memory = pull((weight, by_memory))
+        direct, by_memory = pull((weight.astype(log_prob.dtype), by_memory))
         return jax.tree.map(
             lambda x, s: x + jnp.tensordot(by_memory, s, 1), direct, state.sensitivity
         )
@@ -217,13 +218,13 @@ def gradient(
     kernel: Kernel,
     memory: Float[Array, "N M"],
     trajs: Transition,
-    *,
-    beta: Scalar,
-    baseline: Float[Array, "N T"] | None = None,
+    weight: Float[Array, "N T"],
 ) -> Kernel:
-    """Mean over N trajectories of the estimates of `segment` from empty traces, in one pass."""
-    weight = jax.vmap(lambda traj: returns(traj, beta))(trajs)
-    weight = weight - (0 if baseline is None else baseline)
+    """Σ w_t s_t, mean over the steps of N trajectories, in one backward pass.
+
+    With `returns` less a baseline it is the mean of the estimates of `segment` from empty traces;
+    an advantage estimate will do as well.
+    """
 
     def surrogate(kernel):
         log_prob, _ = jax.vmap(lambda memory, traj: likelihood(kernel, memory, traj))(memory, trajs)
@@ -239,3 +240,41 @@ def returns(segment: Transition, beta: Scalar) -> Float[Array, " L"]:
 
 def _decay(segment: Transition, beta: Scalar) -> Float[Array, " L"]:
     return jnp.append(beta * ~segment.first[1:], 0.0)
+
+
+# --- a baseline
+
+
+class Values(NamedTuple):
+    """Σ_u β^u r seen after each I-state and place: its sums, and how often.
+
+    A place is an observation, or anything else of the past: a state, where a simulator shows it.
+    """
+
+    sums: Float[Array, "G P"]
+    counts: Float[Array, "G P"]
+
+
+def collect(
+    alpha: Float[Array, "N T G"],
+    place: Int[Array, "N T"],
+    returns: Float[Array, "N T"],
+    *,
+    num_places: int,
+) -> Values:
+    """The returns of N trajectories by I-state, shared out by its law α, and by place."""
+    zero = jnp.zeros((num_places, alpha.shape[-1]))
+    add = lambda x: zero.at[place].add(x).T
+    return Values(add(alpha * returns[..., None]), add(alpha))
+
+
+def value_baseline(
+    values: Values, alpha: Float[Array, "N T G"], place: Int[Array, "N T"]
+) -> Float[Array, "N T"]:
+    """Σ_g α_t(g) v(g, place_t), v the mean return. Unbiased if `values` is of other trajectories.
+
+    For `istate` α may be certain of g_t, for the others it is what they filter: given g_t their
+    scores are not zero in the mean.
+    """
+    table = values.sums / jnp.maximum(values.counts, 1e-6)
+    return jnp.einsum("ntg,ntg->nt", alpha, table.T[place])
