@@ -52,7 +52,7 @@ def solve(
     and of the kernel, so that η means the same where the chain has several recurrent classes;
     unless they all have the same η there is no x then, and `converged` is false. A periodic chain
     is no obstacle.
-    `tol` is for both residuals, by default 1e-6 in single and 1e-12 in double precision; what it
+    `tol` is for both residuals, by default 1e-5 in single and 1e-12 in double precision; what it
     leaves of error in d and x is larger by the mixing time.
 
     The derivative of `average_reward` is exact to first order in everything that it depends on:
@@ -60,7 +60,7 @@ def solve(
     """
     table = tables(kernel, jnp.arange(pomdp.num_obs))
     start = lax.stop_gradient(pomdp.start[:, None] * belief(kernel).astype(pomdp.start.dtype))
-    tol = {4: 1e-6, 8: 1e-12}[start.dtype.itemsize] if tol is None else tol
+    tol = {4: 1e-5, 8: 1e-12}[start.dtype.itemsize] if tol is None else tol
 
     frozen = lax.stop_gradient((table, pomdp))
     push: Apply = lambda d: _push(*frozen, d)
@@ -198,7 +198,7 @@ def arnoldi(
         return vectors, hessenberg.at[:, j].set(column)
 
     def step(state):
-        d, _, n = state
+        d, best, least, stalled, n = state
         vectors = jnp.zeros((basis + 1, d.size), d.dtype).at[0].set(d.reshape(-1))
         vectors = vectors / jnp.linalg.norm(vectors[0])
         hessenberg = jnp.zeros((basis + 1, basis), d.dtype)
@@ -206,10 +206,16 @@ def arnoldi(
         y = jnp.linalg.svd(hessenberg - identity)[2][-1]
         d = (y @ vectors[:-1]).reshape(d.shape)
         d = d / d.sum()
-        return d, jnp.abs(push(d) - d).sum(), n + basis + 1
+        residual = jnp.abs(push(d) - d).sum()
+        stalled = jnp.where(residual < 0.9 * least, 0, stalled + 1)
+        best = jnp.where(residual < least, d, best)
+        return d, best, jnp.minimum(residual, least), stalled, n + basis + 1
 
-    going = lambda state: (state[1] > tol) & (state[2] < max_restarts * (basis + 1))
-    d, _, n = lax.while_loop(going, step, (start, jnp.full((), jnp.inf, start.dtype), 0))
+    def going(state):  # until rounding, in single precision well above the tolerance, stops it
+        return (state[2] > tol) & (state[3] < 10) & (state[4] < max_restarts * (basis + 1))
+
+    inf = jnp.full((), jnp.inf, start.dtype)
+    _, d, _, _, n = lax.while_loop(going, step, (start, start, inf, 0, 0))
     return d, jnp.asarray(n)
 
 
@@ -258,7 +264,10 @@ def krylov_bias(
 ) -> tuple[Vector, Int[Array, ""]]:
     """x from (I - K + 1d) x = r - η, so that d·x = 0, by a solver of lineax."""
     closed = lambda x: x - pull(x) + jnp.vdot(law, x)
-    return _lineax(closed, gain, jnp.zeros_like(gain), solver(tol))
+    largest = jnp.max(jnp.abs(gain))
+    scale = jnp.where(largest > 0, largest, 1)  # tolerances are for entries around 1
+    x, n = _lineax(closed, gain / scale, jnp.zeros_like(gain), solver(tol))
+    return scale * x, n
 
 
 def gmres(tol: Any, *, restart: int = 20, max_restarts: int = 500) -> lx.GMRES:

@@ -1,0 +1,136 @@
+"""The README's results with finite-state controllers: methods on one problem, a table, a picture.
+
+    python scripts/benchmarks/controllers.py --task loadunload
+
+Each training is a run of its own under --out, as `scripts/gamp.py` or `scripts/gpomdp.py` would
+leave it; one that is complete is not run again, one that was cut short is resumed.
+"""
+
+import csv
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import gamp
+import gpomdp
+import tyro
+
+from spg import cli, plotting, records, training
+
+Task = Literal["loadunload", "heavenhell", "pentagon", "factory"]
+
+
+@dataclass(frozen=True)
+class Config:
+    task: Task = "loadunload"
+    num_seeds: int = 0
+    """0: as many as in the README"""
+    seed: int = 0
+    out: str | None = None
+    """by default runs/controllers-<task>"""
+    methods: tuple[str, ...] = ()
+    """which of the task's methods; by default all"""
+
+
+EXACT, SAMPLED = gamp.Config(), gpomdp.Config()
+
+
+def task(name: Task) -> tuple[int, dict[str, gamp.Config | gpomdp.Config]]:
+    """The number of seeds, and the methods to compare."""
+    if name == "loadunload":
+        sampled = replace(SAMPLED, learning_rate=0.1, beta=0.9, total_steps=4_000_000)
+        return 10, {
+            "GAMP": EXACT,
+            "GAMP, 8 I-states": replace(EXACT, num_z=8),
+            "GAMP, dense": replace(EXACT, out_degree=4),
+            "IState-GPOMDP": replace(sampled, estimator="istate"),
+            "Exp-GPOMDP": replace(sampled, estimator="exp"),
+            "Exp-GPOMDP by observations": replace(sampled, estimator="exp-observations"),
+        }
+    if name == "heavenhell":
+        shared: dict[str, Any] = {"problem": "heavenhell", "num_z": 20}
+        sampled = replace(
+            SAMPLED, **shared, start_std=2.0, beta=0.97, gae_lambda=0.2, num_steps=500,
+            learning_rate=0.02, total_steps=60_000_000,
+        )  # fmt: skip
+        return 4, {
+            "GAMP": replace(EXACT, **shared),
+            "IState-GPOMDP": replace(sampled, estimator="istate"),
+            "Exp-GPOMDP": replace(sampled, estimator="exp"),
+        }
+    if name == "pentagon":
+        exact = replace(EXACT, problem="pentagon", num_updates=300)
+        sizes = [(1, 1)] + [(n, k) for n in (4, 8) for k in (1, 2, 3, n)]
+        return 2, {f"{n}, {k}": replace(exact, num_z=n, out_degree=k) for n, k in sizes}
+    exact = replace(EXACT, problem="factory", precision="single", num_updates=150, checkpoints=3)
+    return 1, {
+        "GAMP, memoryless": replace(exact, num_z=1, out_degree=1),
+        "GAMP, 4 I-states": replace(exact, num_z=4, out_degree=2),
+    }
+
+
+def train(config: gamp.Config | gpomdp.Config, out: Path) -> dict[str, Any]:
+    """The summary of a run; of the same configuration, if its directory is there already."""
+    config = replace(config, out=str(out), resume=(out / "config.json").exists())
+    exact = isinstance(config, gamp.Config)
+    algorithm = gamp.make(config) if exact else gpomdp.make(config)
+    records.open_run(config, algorithm.name)
+    if (out / "summary.json").exists():
+        return json.loads((out / "summary.json").read_text())
+    print(f"{config.problem}, {out.name}", file=sys.stderr)
+    return training.run(config, algorithm, out)
+
+
+def main(config: Config) -> None:
+    num_seeds, methods = task(config.task)
+    unknown = [m for m in config.methods if m not in methods]
+    if unknown:
+        raise ValueError(f"unknown methods {unknown}; choose from {', '.join(methods)}")
+    out = Path(config.out or f"runs/controllers-{config.task}")
+    num_seeds = config.num_seeds or num_seeds
+    rows = []
+    curves: dict[bool, list[plotting.Curve]] = {True: [], False: []}
+    for name in config.methods or methods:
+        directory = out / name.replace(" ", "-").replace(",", "")
+        chosen = replace(methods[name], num_seeds=num_seeds, seed=config.seed)
+        summary = train(chosen, directory)
+        curves[isinstance(chosen, gamp.Config)].append(records.read_curve(directory, name))
+        low, high = summary["final_average_reward_ci95"]
+        each = summary["final_average_reward"]
+        rows.append(
+            {
+                "method": name,
+                "|G|, k": f"{chosen.num_z}, {chosen.out_degree}",
+                "mean": f"{summary['final_average_reward_mean']:.4g}",
+                "IQM": f"{summary['final_average_reward_iqm']:.4g} [{low:.4g}, {high:.4g}]",
+                "noise-free": f"{summary['final_average_reward_noise_free_mean']:.4g}",
+                "best": f"{max(each):.4g}",
+                "steps": f"{summary['env_steps']:,}" if summary["env_steps"] else "none",
+                "seconds": f"{summary['train_seconds']:.0f}",
+            }
+        )
+    for exact, some in curves.items():
+        if some:
+            title = f"{config.task}, {'exact' if exact else 'sampled'} gradients"
+            name = "exact" if exact else "sampled"
+            plotting.learning_curve(out / f"{config.task}_{name}.png", some, title=title)
+    with (out / f"{config.task}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(" | ".join(["", *rows[0], ""]).strip())
+    print(" | ".join(["", *("---" for _ in rows[0]), ""]).strip())
+    for row in rows:
+        print(" | ".join(["", *row.values(), ""]).strip())
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Config)
+    try:
+        main(arguments)
+    except (ValueError, OSError, records.RunError) as error:
+        cli.fail(error)
