@@ -6,8 +6,10 @@ Aberdeen & Baxter (2002), with their optimiser CONJPOMDP, or with Adam. An updat
     python scripts/gamp.py --problem model.POMDP --num-z 8 --out-degree 2
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import equinox as eqx
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from spg import cli, conjugate, training
+from spg import cli, conjugate, records, training
 from spg.gamp import bicgstab, gamp, gmres, krylov_bias, krylov_law, power, richardson, solve
 from spg.kernels.finite import noise_free
 from spg.kernels.kernel import Kernel
@@ -107,6 +109,19 @@ def evaluate(problem: Problem, state: State, key: PRNGKeyArray) -> dict[str, Arr
     }
 
 
+def export(problem: Problem, state: State, out: Path) -> None:
+    """Save and draw the best controller, and say so where a gradient is not to be trusted."""
+    cli.save_controller(state.kernel, problem, out)
+    converged = records.read_metrics(out)["converged"]
+    if failed := int((converged == 0).sum()):
+        print(
+            f"{failed} of {converged.size} gradients did not converge, see the residuals in "
+            "metrics.csv: several recurrent classes, or nearly; a smaller --bound or another "
+            "--solver would be the first thing to try",
+            file=sys.stderr,
+        )
+
+
 def make(config: Config) -> training.Algorithm:
     """What `training.run` takes. Raises ValueError for what cannot run."""
     cli.check_positive(config, "num_updates")
@@ -119,7 +134,7 @@ def make(config: Config) -> training.Algorithm:
         step=partial(step, config, problem),
         params=lambda state: state.kernel,
         evaluate=partial(evaluate, problem),
-        export=lambda state, out: cli.save_controller(state.kernel, problem, out),
+        export=partial(export, problem),
         num_updates=config.num_updates,
         steps_per_update=0,
     )

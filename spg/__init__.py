@@ -10,9 +10,11 @@ from spg.estimators.surrogate import Surrogate, ppo_surrogate
 from spg.kernels.cells import GRU, Computed, Empty, Linear, Noisy, Window
 from spg.kernels.critics import Critic
 from spg.kernels.factory import PolicyConfig, make_kernel
+from spg.kernels.finite import expected_kernel, finite_kernel, random_controller
 from spg.kernels.heads import CategoricalHead, NormalHead
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import MLP, Normalizer
+from spg.models import Problem, SparsePOMDP, TabularPOMDP, dense, sparse
 from spg.rollout import Carry, Episodes, evaluate, evaluation, reset, rollout
 from spg.scans import linear_scan, split_segments
 from spg.types import Observation, Replay, Transition
@@ -36,22 +38,30 @@ __all__ = [
     "Normalizer",
     "Observation",
     "PolicyConfig",
+    "Problem",
     "Replay",
+    "SparsePOMDP",
     "Surrogate",
+    "TabularPOMDP",
     "TanhNormal",
     "Transition",
     "Window",
+    "dense",
     "evaluate",
     "evaluation",
+    "expected_kernel",
+    "finite_kernel",
     "gae",
     "gpomdp",
     "linear_scan",
     "make_kernel",
     "ppo_surrogate",
+    "random_controller",
     "reinforce",
     "reset",
     "returns_to_go",
     "rollout",
     "score_estimate",
+    "sparse",
     "split_segments",
 ]

@@ -8,6 +8,7 @@ leave it; one that is complete is not run again, one that was cut short is resum
 
 import csv
 import json
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import gamp
 import gpomdp
 import tyro
 
-from spg import cli, plotting, records, training
+from spg import cli, plotting, records
 
 Task = Literal["loadunload", "heavenhell", "pentagon", "factory"]
 
@@ -74,15 +75,16 @@ def task(name: Task) -> tuple[int, dict[str, gamp.Config | gpomdp.Config]]:
 
 
 def train(config: gamp.Config | gpomdp.Config, out: Path) -> dict[str, Any]:
-    """The summary of a run; of the same configuration, if its directory is there already."""
-    config = replace(config, out=str(out), resume=(out / "config.json").exists())
-    exact = isinstance(config, gamp.Config)
-    algorithm = gamp.make(config) if exact else gpomdp.make(config)
-    records.open_run(config, algorithm.name)
-    if (out / "summary.json").exists():
-        return json.loads((out / "summary.json").read_text())
-    print(f"{config.problem}, {out.name}", file=sys.stderr)
-    return training.run(config, algorithm, out)
+    """The summary of a run by the script itself, in a process of its own, unless it is there."""
+    script = gamp if isinstance(config, gamp.Config) else gpomdp
+    options = {k: v for k, v in vars(config).items() if v != vars(type(config)())[k]}
+    words = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    resume = ["--resume"] if (out / "config.json").exists() else []
+    if not (out / "summary.json").exists():
+        command = [sys.executable, str(script.__file__), *words, "--out", str(out), *resume]
+        print(" ".join(command), file=sys.stderr)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((out / "summary.json").read_text())
 
 
 def main(config: Config) -> None:
@@ -132,5 +134,5 @@ if __name__ == "__main__":
     arguments = tyro.cli(Config)
     try:
         main(arguments)
-    except (ValueError, OSError, records.RunError) as error:
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
         cli.fail(error)

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,9 @@ from spg.envs import brax
 from spg.envs.adapters import Adapter, AdapterState, View, entries, flat, own, own_and_state
 from spg.envs.brax import Brax, render
 from spg.envs.memory import RepeatFirst, TMaze
+from spg.envs.problems import PROBLEMS
 from spg.envs.tabular import Tabular, tabular_params
+from spg.models import Problem
 
 __all__ = [
     "Adapter",
@@ -34,7 +36,17 @@ __all__ = [
 ]
 
 OBSERVABLE = ("all", "positions", "velocities", "state")
-_OWN = {"TMaze-memory": TMaze, "RepeatFirst-memory": RepeatFirst}
+
+
+def _episodes(make: Callable[[], Problem]) -> Callable[[], Environment]:
+    return lambda: Tabular(make().pomdp, max_steps_in_episode=200)
+
+
+_OWN: dict[str, Callable[..., Environment]] = {
+    "TMaze-memory": TMaze,
+    "RepeatFirst-memory": RepeatFirst,
+    **{f"{name}-pomdp": _episodes(make) for name, make in PROBLEMS.items()},
+}
 # The fields of Gymnax states that are velocities; where they appear in the observation is found
 # out from the environment itself.
 _VELOCITY_FIELDS = {

@@ -43,8 +43,11 @@ class Tabular(Environment):
     `tabular_params` of several of the same shape.
     """
 
-    def __init__(self, pomdp: POMDP, *, privileged: bool = False):
-        self._params, self._num_obs = tabular_params(pomdp), pomdp.num_obs
+    def __init__(
+        self, pomdp: POMDP, *, privileged: bool = False, max_steps_in_episode: int | None = None
+    ):
+        self._params = tabular_params(pomdp, max_steps_in_episode=max_steps_in_episode)
+        self._num_obs = pomdp.num_obs
         self._privileged = privileged
         self._num_actions = pomdp.num_actions
 
@@ -114,15 +117,16 @@ class Tabular(Environment):
         return params.observation[s, jnp.sum(u >= params.observation_cumulative[s])]
 
 
-def tabular_params(pomdp: POMDP) -> TabularParams:
+def tabular_params(pomdp: POMDP, *, max_steps_in_episode: int | None = None) -> TabularParams:
     """What `Tabular` needs of a model to draw from it."""
     model: SparsePOMDP = sparse(pomdp) if isinstance(pomdp, TabularPOMDP) else pomdp
     laws = (_cumulative(x) for x in (model.probability, model.emission, model.start))
     successors, observations, start = laws
     reward = model.reward.astype(jnp.float32)  # as of every environment here
     return TabularParams(
-        model.successor, successors, reward, model.observation, observations, start
-    )
+        model.successor, successors, reward, model.observation, observations, start,
+        max_steps_in_episode,
+    )  # fmt: skip
 
 
 def _cumulative(p: Array) -> Float[Array, "..."]:
