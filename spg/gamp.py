@@ -48,10 +48,10 @@ def solve(
         d = dK,  d·1 = 1;      (I - K) x = r - η 1;      ∇η = d (∇K) x
 
     `law` finds d, by default `arnoldi`, else `power` or `krylov_law`; `bias` finds x, by default
-    `krylov_bias` with `gmres`, else `richardson`. d is the limit from the first states of the world
-    and of the kernel, so that η means the same where the chain has several recurrent classes;
-    unless they all have the same η there is no x then, and `converged` is false. A periodic chain
-    is no obstacle.
+    `two_krylov_bias`, else `krylov_bias` or `richardson`. d is the limit from the first states of
+    the world and of the kernel, so that η means the same where the chain has several recurrent
+    classes; unless they all have the same η there is no x then, and `converged` is false. A
+    periodic chain is no obstacle.
     `tol` is for both residuals, by default 1e-5 in single and 1e-12 in double precision; what it
     leaves of error in d and x is larger by the mixing time.
 
@@ -66,7 +66,7 @@ def solve(
     push: Apply = lambda d: _push(*frozen, d)
     evaluate = lambda x: _evaluate(*frozen, x)  # r + Kx
     reward = evaluate(jnp.zeros_like(start))
-    law, bias = law or arnoldi, bias or partial(krylov_bias, solver=gmres)
+    law, bias = law or arnoldi, bias or two_krylov_bias
     d, law_products = law(push, start, jnp.asarray(tol, start.dtype))
     eta = jnp.vdot(d, reward)
     seen = d != 0  # exact: what cannot be reached takes no part, and may have another η
@@ -173,14 +173,15 @@ def power(
 
 
 def arnoldi(
-    push: Apply, start: Vector, tol: Array, *, basis: int = 20, max_restarts: int = 500
+    push: Apply, start: Vector, tol: Array, *, basis: int | None = None, max_restarts: int = 500
 ) -> tuple[Vector, Int[Array, ""]]:
     """Restarted Arnoldi iteration for the known eigenvalue 1, Golub & Greif (2006), algorithm 1.
 
     Of all d in the Krylov space of `basis` vectors the one with the least ‖dK - d‖₂: the smallest
-    right singular vector of the Hessenberg matrix minus the identity.
+    right singular vector of the Hessenberg matrix minus the identity. By default 40 vectors, 20
+    above 10^5 entries.
     """
-    basis = min(basis, start.size)
+    basis = min(basis or _basis(start), start.size)
     identity = jnp.eye(basis + 1, basis, dtype=start.dtype)
     eps = jnp.finfo(start.dtype).eps
 
@@ -212,7 +213,7 @@ def arnoldi(
         return d, best, jnp.minimum(residual, least), stalled, n + basis + 1
 
     def going(state):  # until rounding, in single precision well above the tolerance, stops it
-        return (state[2] > tol) & (state[3] < 10) & (state[4] < max_restarts * (basis + 1))
+        return (state[2] > tol) & (state[3] < 20) & (state[4] < max_restarts * (basis + 1))
 
     inf = jnp.full((), jnp.inf, start.dtype)
     _, d, _, _, n = lax.while_loop(going, step, (start, start, inf, 0, 0))
@@ -261,13 +262,31 @@ def krylov_bias(
     tol: Array,
     *,
     solver: Callable[[Array], lx.GMRES | lx.BiCGStab],
+    guess: Vector | None = None,
 ) -> tuple[Vector, Int[Array, ""]]:
     """x from (I - K + 1d) x = r - η, so that d·x = 0, by a solver of lineax."""
     closed = lambda x: x - pull(x) + jnp.vdot(law, x)
     largest = jnp.max(jnp.abs(gain))
     scale = jnp.where(largest > 0, largest, 1)  # tolerances are for entries around 1
-    x, n = _lineax(closed, gain / scale, jnp.zeros_like(gain), solver(tol))
+    guess = jnp.zeros_like(gain) if guess is None else guess / scale
+    x, n = _lineax(closed, gain / scale, guess, solver(tol))
     return scale * x, n
+
+
+def two_krylov_bias(
+    pull: Apply, gain: Vector, law: Vector, tol: Array
+) -> tuple[Vector, Int[Array, ""]]:
+    """`krylov_bias` by BiCGStab, and from where that breaks down or gives up by GMRES.
+
+    BiCGStab takes the fewest products where it succeeds, and needs no basis.
+    """
+    x, n = krylov_bias(pull, gain, law, tol, solver=partial(bicgstab, max_steps=1_000))
+    residual, least = _poisson_residual(pull, gain, x)
+    x = jnp.where(residual < 1, x, 0)  # nan, too
+    enough = residual <= jnp.maximum(tol, least)
+    solver = lambda tol: gmres(jnp.where(enough, jnp.inf, tol), restart=_basis(gain))
+    x, m = krylov_bias(pull, gain, law, tol, solver=solver, guess=x)
+    return x, n + m + 1
 
 
 def gmres(tol: Any, *, restart: int = 20, max_restarts: int = 500) -> lx.GMRES:
@@ -276,6 +295,10 @@ def gmres(tol: Any, *, restart: int = 20, max_restarts: int = 500) -> lx.GMRES:
 
 def bicgstab(tol: Any, *, max_steps: int = 20_000) -> lx.BiCGStab:
     return lx.BiCGStab(rtol=tol, atol=tol, max_steps=max_steps)
+
+
+def _basis(x: Vector) -> int:
+    return 40 if x.size <= 100_000 else 20
 
 
 def _lineax(
