@@ -6,9 +6,10 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+import tyro
 
-from scripts.benchmarks import gamp_scale, memory
-from spg.envs.problems import tiger
+from scripts.benchmarks import controllers, gamp_scale, gpomdp_variance, memory
+from spg.envs.problems import load_unload, tiger
 from spg.records import RunError
 
 TINY = memory.Config(
@@ -100,3 +101,24 @@ def test_cost_of_an_error_is_read_off_between_two_tolerances():
     points = [{"products": n, "error": e} for n, e in ((10, 1e-3), (30, 1e-5), (50, 1e-7))]
     assert gamp_scale.cost(points, "products") == pytest.approx(40)
     assert np.isnan(gamp_scale.cost(points[:2], "products"))
+
+
+@pytest.mark.parametrize("name", ["loadunload", "heavenhell", "pentagon", "factory"])
+def test_controllers_are_trained_as_their_command_says(name):
+    num_seeds, methods = controllers.task(name)
+    assert num_seeds > 0
+    for config in methods.values():
+        assert tyro.cli(type(config), args=controllers.words(config)) == config
+
+
+@pytest.mark.slow
+def test_expectation_over_istates_lowers_the_variance():
+    config = gpomdp_variance.Config(
+        num_controllers=1, num_runs=100, num_steps=100, stds=(0.5,), betas=(0.9,)
+    )
+    rows = gpomdp_variance.measure(config, load_unload())
+    assert len(rows) == 12
+    variance = {(r.estimator, r.baseline): r.variance for r in rows}
+    for baseline in gpomdp_variance.BASELINES:
+        assert variance["istate", baseline] > 5 * variance["exp", baseline]
+    assert all(r.cosine > 0.8 for r in rows)

@@ -65,23 +65,27 @@ def task(name: Task) -> tuple[int, dict[str, gamp.Config | gpomdp.Config]]:
         }
     if name == "pentagon":
         exact = replace(EXACT, problem="pentagon", num_updates=300)
-        sizes = [(1, 1)] + [(n, k) for n in (4, 8) for k in (1, 2, 3, n)]
-        return 2, {f"{n}, {k}": replace(exact, num_z=n, out_degree=k) for n, k in sizes}
-    exact = replace(EXACT, problem="factory", precision="single", num_updates=150, checkpoints=3)
+        sizes = [(1, 1), *((4, k) for k in (1, 2, 3, 4)), (8, 3)]
+        return 1, {f"{n}, {k}": replace(exact, num_z=n, out_degree=k) for n, k in sizes}
+    exact = replace(EXACT, problem="factory", precision="single", num_updates=60, checkpoints=3)
     return 1, {
         "GAMP, memoryless": replace(exact, num_z=1, out_degree=1),
         "GAMP, 4 I-states": replace(exact, num_z=4, out_degree=2),
     }
 
 
+def words(config: gamp.Config | gpomdp.Config) -> list[str]:
+    """The configuration as a command line."""
+    options = {k: v for k, v in vars(config).items() if v != vars(type(config)())[k]}
+    return [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+
+
 def train(config: gamp.Config | gpomdp.Config, out: Path) -> dict[str, Any]:
     """The summary of a run by the script itself, in a process of its own, unless it is there."""
     script = gamp if isinstance(config, gamp.Config) else gpomdp
-    options = {k: v for k, v in vars(config).items() if v != vars(type(config)())[k]}
-    words = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", str(v))]
     resume = ["--resume"] if (out / "config.json").exists() else []
     if not (out / "summary.json").exists():
-        command = [sys.executable, str(script.__file__), *words, "--out", str(out), *resume]
+        command = [sys.executable, str(script.__file__), *words(config), "--out", str(out), *resume]
         print(" ".join(command), file=sys.stderr)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads((out / "summary.json").read_text())
