@@ -76,6 +76,7 @@ def solve(
     d, x = lax.stop_gradient((d, x))
     law_residual = jnp.abs(push(d) - d).sum()
     bias_residual, least = _poisson_residual(pull, gain, x)
+    x = jnp.where(jnp.isfinite(x), x, 0)  # η is right without it; `bias_residual` tells
     surrogate = jnp.vdot(d, _evaluate(table, pomdp, x))  # its derivative is d (∇r + ∇K x)
     return Solution(
         average_reward=eta + surrogate - lax.stop_gradient(surrogate),

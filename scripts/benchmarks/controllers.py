@@ -67,7 +67,7 @@ def task(name: Task) -> tuple[int, dict[str, gamp.Config | gpomdp.Config]]:
         exact = replace(EXACT, problem="pentagon", num_updates=300)
         sizes = [(1, 1), *((4, k) for k in (1, 2, 3, 4)), (8, 3)]
         return 1, {f"{n}, {k}": replace(exact, num_z=n, out_degree=k) for n, k in sizes}
-    exact = replace(EXACT, problem="factory", precision="single", num_updates=60, checkpoints=3)
+    exact = replace(EXACT, problem="factory", precision="single", num_updates=120, checkpoints=2)
     return 1, {
         "GAMP, memoryless": replace(exact, num_z=1, out_degree=1),
         "GAMP, 4 I-states": replace(exact, num_z=4, out_degree=2),
