@@ -36,7 +36,7 @@ class Config(cli.ProblemConfig, cli.RunConfig):
     bound: float = 12.0
     """logits are kept in [-bound, bound], away from saturation"""
     solver: Literal["arnoldi", "gmres", "bicgstab", "damped"] = "arnoldi"
-    """of the stationary law and of the Poisson equation (with arnoldi, by gmres)"""
+    """of the stationary law and of the Poisson equation (with arnoldi, by bicgstab and gmres)"""
     precision: Literal["double", "single"] = "double"
     """of the arithmetic; gradients at a zero start may be as small as 1e-7"""
 
@@ -44,7 +44,6 @@ class Config(cli.ProblemConfig, cli.RunConfig):
 class State(NamedTuple):
     kernel: Kernel  # the controller so far
     optimiser: PyTree  # an Ascent, or the state of Adam
-    key: PRNGKeyArray
 
 
 SOLVERS = {
@@ -67,7 +66,7 @@ def init(config: Config, problem: Problem, key: PRNGKeyArray) -> State:
     kernel = cli.make_controller(config, problem, key=key)
     params = eqx.filter(kernel, eqx.is_inexact_array)
     start = conjugate.init if config.optimiser == "conjugate" else adam(config).init
-    return State(kernel, start(params), key)
+    return State(kernel, start(params))
 
 
 def step(config: Config, problem: Problem, state: State) -> tuple[State, dict[str, Array]]:
@@ -96,7 +95,7 @@ def step(config: Config, problem: Problem, state: State) -> tuple[State, dict[st
         "products": solution.products.sum(),
         "converged": solution.converged * 1.0,
     }
-    return State(eqx.combine(params, static), ascent, state.key), metrics
+    return State(eqx.combine(params, static), ascent), metrics
 
 
 def evaluate(problem: Problem, state: State, key: PRNGKeyArray) -> dict[str, Array]:
@@ -132,6 +131,7 @@ def export(problem: Problem, state: State, out: Path) -> None:
 def make(config: Config) -> training.Algorithm:
     """What `training.run` takes. Raises ValueError for what cannot run."""
     cli.check_positive(config, "num_updates")
+    cli.check_range(config, 0.0, float("inf"), "learning_rate", "bound")
     jax.config.update("jax_enable_x64", config.precision == "double")
     problem = cli.open_problem(config)
     return training.Algorithm(
@@ -144,6 +144,7 @@ def make(config: Config) -> training.Algorithm:
         export=partial(export, problem),
         num_updates=config.num_updates,
         steps_per_update=0,
+        sharded=False,
     )
 
 

@@ -1,7 +1,8 @@
 """IState-GPOMDP and Exp-GPOMDP: the average reward of finite-state controllers from simulation.
 
 Aberdeen & Baxter (2002). An update is one gradient from endless trajectories that go on where the
-last ones stopped, with empty traces.
+last ones stopped, with empty traces. A baseline of values also stands in for the rewards after a
+segment, and the last action of each is left out.
 
     python scripts/gpomdp.py                                         # Exp-GPOMDP on Load/Unload
     python scripts/gpomdp.py --problem heavenhell --num-z 20 --estimator istate
@@ -152,7 +153,9 @@ def step(
     """One gradient, at a trial point of the line search or where Adam stands."""
     key, rollout_key = jr.split(state.key)
     params, static = eqx.partition(state.kernel, eqx.is_inexact_array)
-    settings = conjugate.Settings(tolerance=config.tolerance, bound=config.bound, safeguard=False)
+    settings = conjugate.Settings(
+        tolerance=config.tolerance, stop=0.0, bound=config.bound, safeguard=False
+    )
     ascent = state.optimiser
     if config.optimiser == "conjugate":
         params = conjugate.ask(ascent, settings)
@@ -189,8 +192,15 @@ def make(config: Config) -> training.Algorithm:
     from spg.envs import Tabular  # here: importing gymnax starts JAX's backend
 
     cli.check_positive(config, "num_envs", "num_steps", "eval_steps")
-    if not 0 <= config.beta < 1:
-        raise ValueError(f"beta is {config.beta}; it has to be at least 0 and below 1")
+    cli.check_range(config, 0.0, 1.0, "beta", "gae_lambda")
+    cli.check_range(config, 0.0, float("inf"), "learning_rate", "adam_eps", "bound", "tolerance")
+    if config.beta == 1:
+        raise ValueError(f"beta is {config.beta}; it has to be below 1")
+    valued = config.baseline in ("value", "state")
+    if config.gae_lambda < 1 and not valued:
+        raise ValueError(f"gae_lambda {config.gae_lambda} needs --baseline value or state")
+    if config.num_steps < 2 and valued:
+        raise ValueError(f"num_steps is {config.num_steps}; this baseline needs at least 2")
     if config.num_updates < 1:
         raise ValueError(
             f"total_steps {config.total_steps} is less than one update of "

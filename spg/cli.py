@@ -97,6 +97,7 @@ def open_problem(config: ProblemConfig) -> Problem:
     from spg.envs import pomdp_file, problems  # here, as in `make_env`
 
     check_positive(config, "num_z", "out_degree")
+    check_range(config, 0.0, float("inf"), "start_std")
     if config.out_degree > config.num_z:
         raise ValueError(f"out_degree {config.out_degree} is more than num_z {config.num_z}")
     if config.problem in problems.PROBLEMS:
@@ -116,14 +117,19 @@ def make_controller(config: ProblemConfig, problem: Problem, *, key: PRNGKeyArra
 
 
 def save_controller(kernels: Kernel, problem: Problem, out: Path) -> None:
-    """Save the best of several controllers, `controller.npz`, and draw it where it is small."""
+    """Save the best of several controllers, `controller.npz`, and draw it where it is small.
+
+    The best by the average reward of the controller that draws I-states, from the model.
+    """
     solve = eqx.filter_jit(lambda kernel: gamp.solve(kernel, problem.pomdp))
     num = kernels.z0.shape[0]
     each = [jax.tree.map(lambda x: x[i], kernels) for i in range(num)]  # noqa: B023
     solutions = [solve(kernel) for kernel in each]
-    best = int(np.argmax([s.average_reward for s in solutions]))
+    rewards = [float(s.average_reward) if s.converged else -np.inf for s in solutions]
+    best = int(np.argmax(rewards))
     controllers.save(out / "controller.npz", each[best], problem, solutions[best].law)
-    title = f"{problem.name}, average reward {solutions[best].average_reward:.4g}"
+    title = f"{problem.name}, average reward of this controller"
+    title = f"{title} {solutions[best].average_reward:.4g}"
     graphs.draw(out / "controller.png", each[best], problem, solutions[best].law, title)
 
 
@@ -190,6 +196,14 @@ def fail(error: Exception) -> NoReturn:
     """End the process with one line and status 2."""
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def check_range(config: Any, low: float, high: float, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is out of the limits, or not finite."""
+    for name in names:
+        value = getattr(config, name)
+        if not (low <= value <= high and np.isfinite(value)):
+            raise ValueError(f"{name} is {value}; it has to be from {low:g} to {high:g}")
 
 
 def check_positive(config: Any, *names: str) -> None:

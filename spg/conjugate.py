@@ -27,7 +27,8 @@ FIRST, START, DOWN, UP, LAND = range(5)  # what the evaluation under way is for
 
 class Settings(NamedTuple):
     first_step: Scalar = 1.0  # s0, of every line search
-    tolerance: Scalar = 1e-26  # ε: of ‖g‖² for the ascent, of Δ·h for a line search
+    tolerance: Scalar = 1e-26  # ε of a line search, for Δ·h
+    stop: Scalar = 1e-26  # ε of the ascent, for ‖g‖²
     bound: Scalar = (
         12.0  # parameters end a search in [-bound, bound], and may go twice as far in it
     )
@@ -44,7 +45,7 @@ class Ascent(NamedTuple):
     upper: Float[Array, "2"]  # s₊, p₊: a longer one with Δ·h < 0
     phase: Int[Array, ""]
     searches: Int[Array, ""]  # line searches that have ended
-    converged: Bool[Array, ""]  # ‖g‖² < ε: `tell` does nothing any more
+    converged: Bool[Array, ""]  # ‖g‖² < stop: `tell` does nothing any more
 
 
 def init(params: PyTree) -> Ascent:
@@ -96,7 +97,7 @@ def tell(state: Ascent, settings: Settings, value: Float[Array, ""], gradient: P
             upper=state.upper,
             phase=_phase(START),
             searches=state.searches + (state.phase == LAND),
-            converged=norm < settings.tolerance,
+            converged=norm < settings.stop,
         )
 
     halved = state._replace(step=state.step / 2)
@@ -104,7 +105,8 @@ def tell(state: Ascent, settings: Settings, value: Float[Array, ""], gradient: P
     fall = halved._replace(upper=here, phase=_phase(DOWN))
     crossed_down = (slope > -settings.tolerance) | (state.step < 1e-12)
     crossed_up = (slope < settings.tolerance) | (state.step > longest)
-    worse = settings.safeguard & (value < state.value) & (state.step > 1e-12)
+    least = 8 * jnp.finfo(value.dtype).eps * jnp.abs(state.value)
+    worse = settings.safeguard & (value < state.value - least) & (state.step > 1e-12)
     following = [
         arrive(),
         _select(slope < 0, fall, rise),

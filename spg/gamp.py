@@ -30,7 +30,7 @@ class Solution(NamedTuple):
     law: Vector  # d(s, g), stationary
     bias: Vector  # x(s, g), differential values, up to a constant
     law_residual: Float[Array, ""]  # ‖dK - d‖₁
-    bias_residual: Float[Array, ""]  # span of r - η + Kx - x, over the span of r
+    bias_residual: Float[Array, ""]  # span of r - η + Kx - x, over that of r - η
     products: Int[Array, "2"]  # applications of K that d and x took
     converged: Bool[Array, ""]  # both residuals are about as small as was asked for
 
@@ -72,6 +72,8 @@ def solve(
     seen = d != 0  # exact: what cannot be reached takes no part, and may have another η
     pull: Apply = lambda x: jnp.where(seen, evaluate(x) - reward, 0)
     gain = jnp.where(seen, reward - eta, 0)
+    rounding = 64 * jnp.finfo(gain.dtype).eps * jnp.max(jnp.abs(reward))
+    gain = jnp.where(_span(gain) > rounding, gain, 0)  # else every (s, g) earns the same
     x, bias_products = bias(pull, gain, d, jnp.asarray(tol, start.dtype))
     d, x = lax.stop_gradient((d, x))
     law_residual = jnp.abs(push(d) - d).sum()
@@ -79,7 +81,7 @@ def solve(
     x = jnp.where(jnp.isfinite(x), x, 0)  # η is right without it; `bias_residual` tells
     surrogate = jnp.vdot(d, _evaluate(table, pomdp, x))  # its derivative is d (∇r + ∇K x)
     return Solution(
-        average_reward=eta + surrogate - lax.stop_gradient(surrogate),
+        average_reward=eta + (surrogate - lax.stop_gradient(surrogate)),
         law=d,
         bias=x,
         law_residual=law_residual,
@@ -226,7 +228,8 @@ def krylov_law(
 ) -> tuple[Vector, Int[Array, ""]]:
     """d from d (I - K + 1v) = v, v the law of the first state, by a solver of lineax.
 
-    `solver` makes it from a tolerance: `gmres` or `bicgstab`.
+    `solver` makes it from a tolerance: `gmres` or `bicgstab`. With several recurrent classes the
+    system is singular, and d what the solver leaves.
     """
     closed = lambda d: d - push(d) + start * d.sum()
     scaled = start * start.size  # so that the entries of d are around 1, as tolerances expect

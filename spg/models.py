@@ -144,7 +144,7 @@ def sparse_pomdp(
     key, q = _merge(u.astype(np.int64) * num_obs + o, q)
     u, o = key // num_obs, key % num_obs
     q = q / total[u]
-    start = start / _total(start, np.zeros(size, int), 1, lambda i: "start")[0]
+    start = start / _total(start, np.zeros(size, int), 1, lambda i: "start probabilities")[0]
     missing = np.setdiff1d(np.arange(num_obs), o[q > 0])
     if missing.size and not unemitted:
         raise ValueError(

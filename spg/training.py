@@ -46,6 +46,7 @@ class Algorithm(NamedTuple):
     num_updates: int
     steps_per_update: int  # environment steps; 0 for exact gradients
     export: Callable[[PyTree, Path], None]  # writes what else the final states (of all seeds) tell
+    sharded: bool = True  # over the devices by seed; GMRES of lineax 0.1.1 does not run so
 
 
 def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
@@ -55,12 +56,13 @@ def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
     checkpoint does not fit.
     """
     seeds = np.arange(config.seed, config.seed + config.num_seeds)
-    num_devices = largest_divisor(config.num_seeds, jax.device_count())
+    limit = jax.device_count() if algorithm.sharded else 1
+    num_devices = largest_divisor(config.num_seeds, limit)
     mesh = Mesh(np.array(jax.devices()[:num_devices]), ("seed",))
     sharding = NamedSharding(mesh, PartitionSpec("seed"))
     over_seeds = partial(jax.shard_map, mesh=mesh, out_specs=PartitionSpec("seed"), check_vma=False)
     if num_devices == 1:
-        over_seeds = lambda f, in_specs: f  # lineax's GMRES, for one, does not run in a shard_map
+        over_seeds = lambda f, in_specs: f
     marks = _marks(algorithm.num_updates, config.checkpoints * SLICES)
     at_checkpoints = set(_marks(algorithm.num_updates, config.checkpoints))
     size = max(b - a for a, b in pairwise(marks))

@@ -86,7 +86,7 @@ def test_ascent_is_the_algorithm_of_the_paper(value, first_step):
     start = jnp.array([0.3, -0.5, 2.5, 0.7])
     eps = 1e-10
     truth = reference(value, start, first_step=first_step, eps=eps, max_searches=8)
-    settings = Settings(first_step=first_step, tolerance=eps, bound=1e9, safeguard=False)
+    settings = Settings(first_step, tolerance=eps, stop=eps, bound=1e9, safeguard=False)
     states = jax.jit(lambda x: _turns(value, x, settings, 150))(start)
     arrived = np.flatnonzero(np.diff(states.searches, prepend=-1))
     path = states.params[arrived][: len(truth)]

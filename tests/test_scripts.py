@@ -117,7 +117,12 @@ def test_gpomdp_runs(estimator, optimiser, baseline, tmp_path):
         (gamp, {"problem": "lodunload"}, "unknown problem 'lodunload'; choose from tiger"),
         (gamp, {"problem": "no.POMDP"}, "no.POMDP"),
         (gamp, {"out_degree": 5}, "out_degree 5 is more than num_z 4"),
+        (gamp, {"bound": -1.0}, "bound is -1.0"),
+        (gamp, {"start_std": -1.0}, "start_std is -1.0"),
         (gpomdp, {"beta": 1.0}, "beta is 1.0"),
+        (gpomdp, {"gae_lambda": 2.0}, "gae_lambda is 2.0"),
+        (gpomdp, {"gae_lambda": 0.5, "baseline": "none"}, "gae_lambda 0.5 needs --baseline"),
+        (gpomdp, {"num_steps": 1}, "num_steps is 1"),
         (gpomdp, {"total_steps": 10}, "less than one update"),
     ],
 )

@@ -83,6 +83,11 @@ def words(config: gamp.Config | gpomdp.Config) -> list[str]:
 def train(config: gamp.Config | gpomdp.Config, out: Path) -> dict[str, Any]:
     """The summary of a run by the script itself, in a process of its own, unless it is there."""
     script = gamp if isinstance(config, gamp.Config) else gpomdp
+    if (out / "config.json").exists():
+        then = json.loads((out / "config.json").read_text())
+        now = {k: v for k, v in vars(config).items() if k not in records.UNSAVED}
+        if differ := [k for k, v in now.items() if then.get(k) != v]:
+            raise ValueError(f"{out} was run with another {', '.join(differ)}; --out elsewhere")
     resume = ["--resume"] if (out / "config.json").exists() else []
     if not (out / "summary.json").exists():
         command = [sys.executable, str(script.__file__), *words(config), "--out", str(out), *resume]
@@ -110,7 +115,7 @@ def main(config: Config) -> None:
         rows.append(
             {
                 "method": name,
-                "|G|, k": f"{chosen.num_z}, {chosen.out_degree}",
+                "I-states, k": f"{chosen.num_z}, {chosen.out_degree}",
                 "mean": f"{summary['final_average_reward_mean']:.4g}",
                 "IQM": f"{summary['final_average_reward_iqm']:.4g} [{low:.4g}, {high:.4g}]",
                 "noise-free": f"{summary['final_average_reward_noise_free_mean']:.4g}",

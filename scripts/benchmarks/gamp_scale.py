@@ -349,8 +349,11 @@ def compare_scipy(config: Config) -> Iterable[Row]:
         kernel = controller(pomdp, num_z, out_degree, seed=config.seed)
         law = eqx.filter_jit(solve)(kernel, pomdp).law
         act, move = factors(kernel, pomdp)
-        joint, d = sparse.csr_array(act @ move), np.ravel(law)
+        seen = np.ravel(law) != 0  # the rest takes no part: `solve` leaves x at 0 there
+        act, d = act[seen], np.ravel(law)[seen]
         gain = act @ np.repeat(np.ravel(pomdp.mean_reward()), num_z)
+        move = sparse.csc_array(move)[:, seen].tocsr()
+        joint = sparse.csr_array(act @ move)
         gain -= d @ gain
         theirs = partial(scipy_gmres, gain, d, config.tol)
         programs = {
@@ -367,6 +370,7 @@ def compare_scipy(config: Config) -> Iterable[Row]:
             row = shared | ratio(seconds, rival)
             for whose, key in (("ours", "gamp"), ("rival", rival)):
                 x = np.ravel(found[key][0])
+                x = x[seen] if whose == "ours" else x
                 row[f"{whose}_products"] = int(found[key][1])
                 row[f"{whose}_residual"] = size_of(gain - x + joint @ x - d @ x)
             yield row
