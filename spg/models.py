@@ -94,6 +94,7 @@ class Problem(NamedTuple):
     actions: tuple[str, ...]
     observations: tuple[str, ...]
     discount: float
+    slots: np.ndarray | None = None  # [O, I] of I agents: the pair (agent, what it sees), numbered
 
 
 def sparse_pomdp(
@@ -184,6 +185,28 @@ def dense(pomdp: SparsePOMDP) -> TabularPOMDP:
     observation = jnp.zeros((size, pomdp.num_obs), pomdp.emission.dtype)
     observation = observation.at[s, pomdp.observation].add(pomdp.emission)
     return TabularPOMDP(transition, observation, pomdp.mean_reward(), pomdp.start)
+
+
+def aggregate(pomdp: SparsePOMDP, groups: np.ndarray) -> SparsePOMDP:
+    """The same world, of which the group `groups[s]` of the state s is observed, and no more.
+
+    Raises ValueError for a map that skips a state or a group, or numbers a group below 0.
+    """
+    groups = np.asarray(groups)
+    if groups.shape != pomdp.start.shape:
+        raise ValueError(
+            f"the aggregation map has {groups.size} entries; there are {pomdp.start.size} states"
+        )
+    if groups.min() < 0:
+        raise ValueError(f"state {groups.argmin()} is in group {groups.min()}; groups count from 0")
+    num_groups = int(groups.max()) + 1
+    empty = np.setdiff1d(np.arange(num_groups), groups)
+    if empty.size:
+        raise ValueError(f"no state is in group {empty[0]}, of {num_groups}")
+    return SparsePOMDP(
+        pomdp.successor, pomdp.probability, pomdp.reward, jnp.asarray(groups, jnp.int32)[:, None],
+        jnp.ones_like(pomdp.emission[:, :1]), pomdp.start, num_groups,
+    )  # fmt: skip
 
 
 def _merge(key: np.ndarray, *values: np.ndarray) -> tuple[np.ndarray, ...]:

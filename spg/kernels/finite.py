@@ -41,7 +41,7 @@ class TableCell(eqx.Module):
         return self.logits.shape[0]
 
     def __call__(self, obs: Array, z: Int[Array, ""]) -> Categorical:
-        o = _integer(obs)
+        o = integer(obs)
         return Categorical(self.logits[z, o], self.successors[z, o])
 
     def replay(
@@ -71,7 +71,7 @@ class TableHead(eqx.Module):
     logits: Float[Array, "G O A"]
 
     def __call__(self, obs: Array, z_next: Int[Array, ""]) -> Categorical:
-        return Categorical(self.logits[z_next, _integer(obs)])
+        return Categorical(self.logits[z_next, integer(obs)])
 
 
 def finite_kernel(
@@ -245,7 +245,7 @@ def _finite(kernel: Kernel) -> FiniteCell:
     return kernel.cell
 
 
-def _integer(obs: Array) -> Array:
+def integer(obs: Array) -> Array:
     return obs if obs.ndim == 0 else jnp.argmax(obs)
 
 

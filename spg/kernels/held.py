@@ -1,0 +1,158 @@
+"""Policies whose randomness is held for k steps: the internal state is what has been drawn.
+
+`Held` draws actions of finite worlds, each at the first visit of an observation within a window of
+k steps; its z is (t, component, held actions), integers, -1 where none is held yet. `Seed` draws
+one of several seeds of a network. Both are laws of z' given (o, z), so that score estimates of
+stateful policies are k-step policy gradients.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from spg.distributions import Categorical, Delta
+from spg.kernels.finite import integer
+from spg.kernels.kernel import Kernel
+from spg.kernels.networks import Identity
+
+
+class HeldLaw(eqx.Module):
+    """Law of z' given z and the slots that are visited: new draws where nothing is held."""
+
+    mixture: Float[Array, " C"]
+    logits: Float[Array, "C I A"]  # at the slots
+    slots: Int[Array, " I"]
+    z: Int[Array, " n"]
+    opens: Bool[Array, ""]  # does a window open here?
+
+    def sample(self, *, key: PRNGKeyArray) -> Int[Array, " n"]:
+        component_key, action_key = jr.split(key)
+        component = jr.categorical(component_key, self.mixture)
+        component = jnp.where(self.opens, component, self.z[1])
+        return self._hold(component, jr.categorical(action_key, self.logits[component]))
+
+    def mode(self) -> Int[Array, " n"]:
+        component = jnp.where(self.opens, jnp.argmax(self.mixture), self.z[1])
+        return self._hold(component, jnp.argmax(self.logits[component], -1))
+
+    def log_prob(self, z_next: Int[Array, " n"]) -> Float[Array, ""]:
+        """log w_c where a window opens, and Σ log p_c(a | slot) over the slots not held before."""
+        drawn = self.opens * jax.nn.log_softmax(self.mixture)[z_next[1]]
+        return drawn + self.new_actions(z_next)[z_next[1]]
+
+    def new_actions(self, z_next: Int[Array, " n"]) -> Float[Array, " C"]:
+        """Σ log p_c(a | slot) over the slots not held before, of every component."""
+        actions = z_next[2 + self.slots]
+        log_probs = jax.nn.log_softmax(self.logits)[:, jnp.arange(len(actions)), actions]
+        return jnp.where(self._is_new(), log_probs, 0.0).sum(-1)
+
+    def entropy(self) -> Float[Array, ""]:
+        mixture = jnp.where(
+            self.opens, self.mixture, jnp.log(jnp.arange(len(self.mixture)) == self.z[1])
+        )
+        fresh = jax.vmap(jax.vmap(lambda l: Categorical(l).entropy()))(self.logits)
+        of_actions = jax.nn.softmax(mixture) @ jnp.where(self._is_new(), fresh, 0.0).sum(-1)
+        return Categorical(mixture).entropy() + of_actions
+
+    def replay(self, x: Int[Array, " n"]) -> Int[Array, " n"]:
+        return x
+
+    def _is_new(self) -> Bool[Array, " I"]:
+        return self.opens | (self.z[2 + self.slots] < 0)
+
+    def _hold(self, component: Array, drawn: Int[Array, " I"]) -> Int[Array, " n"]:
+        held = jnp.where(self.opens, -1, self.z[2:])
+        actions = jnp.where(self._is_new(), drawn, held[self.slots])
+        held = held.at[self.slots].set(actions.astype(held.dtype))
+        front = jnp.stack([self.z[0] + 1, component.astype(held.dtype)])
+        return jnp.concatenate([front, held])
+
+
+class Held(eqx.Module):
+    """A cell: of C product laws Π_l p_c(a | l) one is drawn a window, and an action a slot.
+
+    C = 1 is the product class; certain logits, 0 and -inf, are a list of deterministic policies.
+    A slot is what one agent may observe; each observation visits one of every agent.
+    """
+
+    mixture: Float[Array, " C"]  # logits of the components
+    logits: Float[Array, "C L A"]  # log p_c(a | slot), up to a constant
+    slots: Int[Array, "O I"]
+    k: Int[Array, ""]
+
+    def __call__(self, obs: Array, z: Int[Array, " n"]) -> HeldLaw:
+        slots = self.slots[integer(obs)]
+        return HeldLaw(self.mixture, self.logits[:, slots], slots, z, z[0] % self.k == 0)
+
+    def replay(
+        self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
+    ) -> tuple[Float[Array, " L"], Int[Array, "L n"]]:
+        return jax.vmap(lambda o, z, z_next: self(o, z).log_prob(z_next))(obs, z, z_next), z_next
+
+
+class HeldHead(eqx.Module):
+    """The joint action that z' holds for the observation: Σ_i A^{I-1-i} a_i."""
+
+    slots: Int[Array, "O I"]
+    num_actions: int = eqx.field(static=True)  # A, of one agent
+
+    def __call__(self, obs: Array, z_next: Int[Array, " n"]) -> Delta:
+        actions = z_next[2 + self.slots[integer(obs)]]
+        place = self.num_actions ** np.arange(len(actions))[::-1]
+        return Delta(actions @ place)
+
+
+def held_kernel(
+    logits: Float[Array, "C L A"],
+    mixture: Float[Array, " C"] | None = None,
+    *,
+    k: int | Int[Array, ""],
+    slots: Int[np.ndarray, "O I"] | None = None,
+) -> Kernel:
+    """The policy that draws one of C product laws, and its actions, for k steps at a time.
+
+    Without `slots` a single agent sees each of L observations apart; `mixture` is even by default.
+    Raises ValueError for k < 1, and if two agents share a slot or a slot is beyond L.
+    """
+    num_components, num_slots, num_actions = logits.shape
+    if not isinstance(k, jax.core.Tracer) and k < 1:
+        raise ValueError(f"k is {k}; a window has at least 1 step")
+    slots = np.arange(num_slots)[:, None] if slots is None else slots
+    if any(len(set(row)) < len(row) for row in slots.tolist()):
+        raise ValueError("two agents share a slot; a slot is of one agent")
+    if slots.min() < 0 or slots.max() >= num_slots:
+        raise ValueError(f"slot {slots.max()} is out of range: there are {num_slots}")
+    places = jnp.asarray(slots, int)
+    mixture = jnp.zeros(num_components, logits.dtype) if mixture is None else mixture
+    cell = Held(mixture, logits, places, jnp.asarray(k, int))
+    z0 = jnp.full(2 + num_slots, -1, int).at[:2].set(0)
+    return Kernel(cell, HeldHead(places, num_actions), Identity(), z0)
+
+
+def certain_logits(policies: Int[np.ndarray, "N L"], num_actions: int) -> Float[Array, "N L A"]:
+    """Deterministic policies as components: 0 for the action taken, -inf for the others."""
+    return jnp.log(jax.nn.one_hot(policies, num_actions, dtype=float))
+
+
+class ForcedHeld(eqx.Module):
+    """`Held`, but that the window of this number holds this component."""
+
+    cell: Held
+    window: Int[Array, ""]
+    component: Int[Array, ""]
+
+    def __call__(self, obs: Array, z: Int[Array, " n"]) -> HeldLaw:
+        law: Any = self.cell(obs, z)
+        sure = jnp.log(jnp.arange(len(law.mixture)) == self.component)
+        here = z[0] // self.cell.k == self.window
+        return eqx.tree_at(lambda l: l.mixture, law, jnp.where(here, sure, law.mixture))
+
+    def replay(
+        self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
+    ) -> tuple[Float[Array, " L"], Int[Array, "L n"]]:
+        return self.cell.replay(obs, z, z_next, first, z0)

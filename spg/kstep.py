@@ -1,0 +1,294 @@
+"""Exact k-step policy gradients: deterministic policies, drawn from a law w and held for k steps.
+
+DeWeese & Qu (2026); definitions, bound and step sizes are derived here, after that paper. Windows
+m = 0, 1, …: D_m ~ w independently, and a_t = D_m(o_t) for mk <= t < (m+1)k. With P_D^k the k-step
+transitions of D and R_D^k(s) = E Σ_{t<k} γ^t r_t,
+
+    V(s) = Σ_D w_D Q(s, D),    Q(s, D) = R_D^k(s) + γ^k Σ_{s'} P_D^k(s' | s) V(s'),
+
+    ν = (1 - γ^k) Σ_m γ^{km} Pr(s_{mk} = ·),    ∂J/∂w_D = E_{s~ν} Q(s, D) / (1 - γ^k)
+
+k = 1 with a product law w is the ordinary memoryless policy. For every w, with rewards in an
+interval of length R and c_k = 2Rγ^k / ((1 - γ)(1 - γ^k)),
+
+    max_D J^D - J(w) <= max_D ∂J/∂w_D - Σ_D w_D ∂J/∂w_D + c_k,
+
+so that no stationary law is worse than the best policy by more than c_k (`gap_bound`).
+"""
+
+import math
+from itertools import product
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+from optax.projections import projection_simplex
+
+from spg.models import POMDP, TabularPOMDP
+from spg.types import Scalar
+
+Steps = (
+    int | Int[Array, ""]
+)  # k: an int where gradients are taken of `solve`, else it may be traced
+
+
+class Solution(NamedTuple):
+    """What `solve` finds."""
+
+    value: Float[Array, " S"]  # V(s), where a window opens
+    q_value: Float[Array, "S N"]  # Q(s, D)
+    window_law: Float[Array, " S"]  # ν, sums to 1
+    gradient: Float[Array, " N"]  # ∂J/∂w_D
+    expected_return: Float[Array, ""]  # J, from the start
+    residual: Float[Array, ""]  # of both linear equations, relative to their right-hand sides
+
+
+# --- deterministic policies
+
+
+def all_policies(num_slots: int, num_actions: int) -> Int[np.ndarray, "N L"]:
+    """Every map from L slots to actions, in the order of counting."""
+    return np.array(list(product(range(num_actions), repeat=num_slots)))
+
+
+def joint_policies(
+    policies: Int[np.ndarray, "N L"], slots: Int[np.ndarray, "O I"], num_actions: int
+) -> Int[np.ndarray, "N O"]:
+    """The joint action Σ_i A^{I-1-i} a_i at each joint observation, a_i = D(slots[o, i]).
+
+    A slot is a pair of an agent and what it observes; `slots[o, i]` is that of agent i at o.
+    """
+    place = num_actions ** np.arange(slots.shape[1])[::-1]
+    return policies[:, slots] @ place
+
+
+def product_law(
+    policies: Int[Array, "N L"], logits: Float[Array, "C L A"], mixture: Float[Array, " C"]
+) -> Float[Array, " N"]:
+    """w_D = Σ_c softmax(mixture)_c Π_l softmax(logits[c, l])_{D(l)}: a mixture of product laws.
+
+    The k-step gradient in the logits is the pull-back of `Solution.gradient` by this function.
+    """
+    log_probs = jax.nn.log_softmax(logits)[:, jnp.arange(policies.shape[1]), policies]
+    return jax.nn.softmax(mixture) @ jnp.exp(log_probs.sum(-1))
+
+
+# --- values and gradient
+
+
+def solve(
+    pomdp: POMDP,
+    policies: Int[Array, "N O"] | Int[np.ndarray, "N O"],
+    weights: Float[Array, " W"],  # W = N
+    *,
+    k: Steps,
+    gamma: Scalar,
+) -> Solution:
+    """V, Q, ν, J and ∂J/∂w of the law `weights` over `policies`, the actions at each observation.
+
+    O(k) products of the transition matrix with N vectors, and one linear equation for each of V
+    and ν: direct for a `TabularPOMDP`, by BiCGStab, which repeats the products, for a
+    `SparsePOMDP`. Observations may be random; they are drawn anew at every step.
+
+    Raises ValueError for k < 1, gamma outside (0, 1), weights off the simplex, and an empty list
+    of policies, one that repeats a policy or has a wrong shape or action. Traced values go
+    unchecked.
+    """
+    check(pomdp, policies, weights, k=k, gamma=gamma)
+    observation, emission = pomdp.emissions()
+    action = jnp.asarray(policies)[:, observation]  # [N S M]
+    every = jax.nn.one_hot(action, pomdp.num_actions, dtype=weights.dtype)
+    choice = jnp.einsum("sm,nsma->san", emission, every)  # Pr(a | s) of each policy
+    reward = jnp.einsum("san,sa->sn", choice, pomdp.mean_reward())
+
+    def hold(reward, x):  # R_D^k + γ^k P_D^k x
+        step = lambda _, x: reward + gamma * jnp.einsum("san,san->sn", choice, pomdp.expect(x))
+        return lax.fori_loop(0, k, step, x)
+
+    def release(x):  # γ^k x P_D^k
+        return lax.fori_loop(0, k, lambda _, x: gamma * pomdp.push(choice * x[:, None]), x)
+
+    spread = lambda v: jnp.broadcast_to(v[:, None], reward.shape)
+    ahead = lambda v: v - hold(jnp.zeros_like(reward), spread(v)) @ weights
+    behind = lambda d: d - release(d[:, None] * weights).sum(1)
+    window_reward = hold(reward, jnp.zeros_like(reward)) @ weights
+    fresh = 1 - gamma**k
+    start = fresh * pomdp.start
+    if isinstance(pomdp, TabularPOMDP):
+        system = jax.vmap(ahead, 1, 1)(jnp.eye(len(start), dtype=weights.dtype))
+        value = jnp.linalg.solve(system, window_reward)
+        window_law = jnp.linalg.solve(system.T, start)
+    else:
+        value = _krylov(ahead, window_reward)
+        window_law = _krylov(behind, start)
+    q_value = hold(reward, spread(value))
+    residuals = (
+        _relative(q_value @ weights - value, value), _relative(behind(window_law) - start, start)
+    )  # fmt: skip
+    return Solution(
+        value, q_value, window_law, window_law @ q_value / fresh, pomdp.start @ value,
+        jnp.maximum(*residuals),
+    )  # fmt: skip
+
+
+def policy_returns(
+    pomdp: POMDP, policies: Int[Array, "N O"] | Int[np.ndarray, "N O"], *, gamma: Scalar
+) -> Float[Array, " N"]:
+    """J^D of every deterministic policy, held for ever."""
+
+    def one(policy):
+        certain = jnp.ones(1, pomdp.start.dtype)
+        return solve(pomdp, policy[None], certain, k=1, gamma=gamma).expected_return
+
+    check(pomdp, policies, None, k=1, gamma=gamma)
+    return lax.map(one, jnp.asarray(policies))
+
+
+# --- ascent
+
+
+def gap_bound(k: Steps, gamma: Scalar, *, reward_range: Scalar = 1.0) -> Scalar:
+    """c_k, the most by which a stationary law can fall short of the best policy."""
+    return 2 * reward_range * gamma**k / ((1 - gamma) * (1 - gamma**k))
+
+
+def smoothness(k: Steps, gamma: Scalar, *, reward_range: Scalar = 1.0) -> Scalar:
+    """L₁ with |∂²J along u| <= L₁ ‖u‖₁²; in the Euclidean norm N L₁."""
+    return 2 * reward_range * gamma**k / ((1 - gamma) * (1 - gamma**k) ** 2)
+
+
+def steps_needed(gap: float, gamma: float, *, reward_range: float = 1.0) -> int:
+    """The least k with c_k <= `gap`."""
+    return math.ceil(math.log(1 + 2 * reward_range / ((1 - gamma) * gap)) / math.log(1 / gamma))
+
+
+def mirror_step(
+    log_weights: Float[Array, " N"], gradient: Float[Array, " N"], size: Scalar
+) -> Float[Array, " N"]:
+    """log of w_D exp(size ∂J/∂w_D) / Z, from log w: mirror ascent with the entropy."""
+    return jax.nn.log_softmax(log_weights + size * gradient)
+
+
+def projected_step(
+    weights: Float[Array, " N"], gradient: Float[Array, " N"], size: Scalar
+) -> Float[Array, " N"]:
+    """The law nearest to w + size ∂J/∂w in the Euclidean norm."""
+    return projection_simplex(weights + size * gradient)
+
+
+def ascend(
+    pomdp: POMDP,
+    policies: Int[Array, "N O"] | Int[np.ndarray, "N O"],
+    *,
+    k: Steps,
+    gamma: Scalar,
+    num_steps: int,
+    method: Literal["mirror", "projected"] = "mirror",
+    reward_range: Scalar | None = None,
+) -> tuple[Float[Array, " N"], Float[Array, " T"]]:
+    """Ascent from the uniform law: the last w, and J(w_0) … J(w_{T-1}), which never falls.
+
+    With the steps of `smoothness`, 1/L₁ for mirror and 1/(N L₁) for projected ascent, T steps end
+    within `rate_bound` of the best policy. `reward_range` is max r - min r by default.
+    """
+    num_policies = len(policies)
+    reward = pomdp.mean_reward()
+    width = jnp.max(reward) - jnp.min(reward) if reward_range is None else reward_range
+    size = 1 / smoothness(k, gamma, reward_range=width)
+    start = jnp.full(num_policies, 1 / num_policies, pomdp.start.dtype)
+
+    def mirror(log_weights, _):
+        solution = solve(pomdp, policies, jnp.exp(log_weights), k=k, gamma=gamma)
+        moved = mirror_step(log_weights, solution.gradient, size)
+        return moved, solution.expected_return
+
+    def projected(weights, _):
+        solution = solve(pomdp, policies, weights, k=k, gamma=gamma)
+        moved = projected_step(weights, solution.gradient, size / num_policies)
+        return moved, solution.expected_return
+
+    if method == "projected":
+        return lax.scan(projected, start, length=num_steps)
+    log_weights, returns = lax.scan(mirror, jnp.log(start), length=num_steps)
+    return jnp.exp(log_weights), returns
+
+
+def rate_bound(
+    num_steps: Array | int,
+    num_policies: int,
+    *,
+    k: Steps,
+    gamma: Scalar,
+    method: Literal["mirror", "projected"] = "mirror",
+    reward_range: Scalar = 1.0,
+) -> Array:
+    """How far T steps of `ascend` may end below the best policy: O(1/T) down to c_k.
+
+    c_k + L₁ log N / T (mirror), c_k + N L₁ (1 - 1/N) / (2T) (projected). No coefficient of
+    mismatch between state laws appears.
+    """
+    first = smoothness(k, gamma, reward_range=reward_range)
+    start = {"mirror": math.log(num_policies), "projected": (num_policies - 1) / 2}[method]
+    return gap_bound(k, gamma, reward_range=reward_range) + first * start / jnp.asarray(num_steps)
+
+
+# --- checks and solvers
+
+
+def check(
+    pomdp: POMDP,
+    policies: Int[Array, "N O"] | Int[np.ndarray, "N O"],
+    weights: Float[Array, " W"] | None,
+    *,
+    k: Steps,
+    gamma: Scalar,
+) -> None:
+    """Raise the errors of `solve`, for what is not traced."""
+    if _known(k) and k < 1:
+        raise ValueError(f"k is {k}; a window has at least 1 step")
+    if _known(gamma) and not 0 < gamma < 1:
+        raise ValueError(f"gamma is {gamma}; it has to be between 0 and 1, without the ends")
+    if policies.shape[0] == 0:
+        raise ValueError("the list of policies is empty")
+    if policies.shape[1] != pomdp.num_obs:
+        raise ValueError(
+            f"the policies name actions for {policies.shape[1]} observations; "
+            f"there are {pomdp.num_obs}"
+        )
+    if _known(policies):
+        table = np.asarray(policies)
+        if table.min() < 0 or table.max() >= pomdp.num_actions:
+            bad = table[(table < 0) | (table >= pomdp.num_actions)][0]
+            raise ValueError(f"action {bad} is out of range: there are {pomdp.num_actions}")
+        unique, count = np.unique(table, axis=0, return_counts=True)
+        if len(unique) < len(table):
+            raise ValueError(f"policy {unique[count > 1][0].tolist()} repeats in the list")
+    if weights is not None and weights.shape != policies.shape[:1]:
+        raise ValueError(f"{weights.shape[0]} weights for {policies.shape[0]} policies")
+    if weights is not None and _known(weights):
+        w = np.asarray(weights, np.float64)
+        if not (w >= 0).all() or abs(w.sum() - 1) > 1e-5:
+            least, total = w.min(), w.sum()
+            raise ValueError(f"weights are off the simplex: min {least:.6g}, sum {total:.6g}")
+
+
+def _known(x: object) -> bool:
+    return not isinstance(x, jax.core.Tracer)
+
+
+def _krylov(apply, rhs: Float[Array, " S"]) -> Float[Array, " S"]:
+    tol = 10 * float(jnp.finfo(rhs.dtype).eps)
+    scale = jnp.max(jnp.abs(rhs))
+    scale = jnp.where(scale > 0, scale, 1)
+    operator = lx.FunctionLinearOperator(apply, jax.eval_shape(lambda: rhs))
+    solver = lx.BiCGStab(rtol=tol, atol=tol, max_steps=5_000)
+    return scale * lx.linear_solve(operator, rhs / scale, solver, throw=False).value
+
+
+def _relative(error: Array, of: Array) -> Float[Array, ""]:
+    scale = jnp.max(jnp.abs(of))
+    return jnp.max(jnp.abs(error)) / jnp.where(scale > 0, scale, 1)

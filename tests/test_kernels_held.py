@@ -1,0 +1,106 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from spg import reset, rollout
+from spg.envs import Tabular, traps
+from spg.kernels.held import held_kernel
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+K = 4
+
+
+@pytest.fixture(scope="module")
+def recorded(float64):
+    """Two agents in number matching, three components."""
+    problem = traps.matching(2)
+    kernel = held_kernel(
+        jr.normal(jr.key(0), (3, 6, 3)), jnp.array([0.0, 1.0, 0.5]), k=K, slots=problem.slots
+    )
+    env = Tabular(problem.pomdp, max_steps_in_episode=10)
+
+    @jax.jit
+    def run(key):
+        carry = reset(kernel, env, env.default_params, key=key)
+        return rollout(kernel, env, env.default_params, carry, num_steps=60, key=key)[1]
+
+    traj = jax.vmap(run)(jr.split(jr.key(1), 50))
+    return problem, kernel, jax.tree.map(np.asarray, traj)
+
+
+def test_each_agent_holds_its_actions_for_a_window(recorded):
+    """The joint action is (a_1, a_2) row-major; windows restart with the episode."""
+    problem, _, traj = recorded
+    actions = np.stack(np.divmod(traj.action, 3), -1)
+    slots = problem.slots[traj.obs]
+    for n in range(50):
+        held = {}
+        for t in range(60):
+            since = t % 10
+            assert traj.first[n, t] == (since == 0)
+            held = {} if since % K == 0 else held
+            for slot, action in zip(slots[n, t], actions[n, t], strict=True):
+                assert held.setdefault(int(slot), action) == action
+            if since % K:
+                assert traj.z_next[n, t, 1] == traj.z[n, t, 1]
+
+
+def test_a_draw_is_scored_once(recorded):
+    problem, kernel, traj = recorded
+    log_prob = jax.jit(jax.vmap(kernel.replay))(traj).log_prob
+    log_w, log_p = (jax.nn.log_softmax(x) for x in (kernel.cell.mixture, kernel.cell.logits))
+    actions = np.stack(np.divmod(traj.action, 3), -1)
+    slots = problem.slots[traj.obs]
+    for n in range(5):
+        for t in range(60):
+            c = traj.z_next[n, t, 1]
+            opens = t % 10 % K == 0
+            if opens:
+                seen = set()
+            new = [i for i in range(2) if slots[n, t, i] not in seen]
+            seen.update(slots[n, t])
+            truth = opens * log_w[c] + sum(log_p[c, slots[n, t, i], actions[n, t, i]] for i in new)
+            assert np.isclose(log_prob[n, t], truth)
+
+
+def test_draws_have_the_probabilities_of_the_cell(recorded):
+    """And the entropy is the mean of -log ω."""
+    _, kernel, _ = recorded
+    obs = jnp.array(5)
+    z = jnp.array([1, 2, -1, 0, -1, -1, -1, -1])  # in a window, slot 1 holds 'down'
+    for state in (kernel.z0, z):
+        law = kernel.cell(obs, state)
+        draw = jax.jit(jax.vmap(lambda key: law.sample(key=key)))  # noqa: B023
+        z_next = draw(jr.split(jr.key(0), 20_000))
+        log_prob = jax.vmap(law.log_prob)(z_next)
+        unique, count = np.unique(np.asarray(z_next), axis=0, return_counts=True)
+        prob = jnp.exp(jax.vmap(law.log_prob)(jnp.asarray(unique)))
+        assert np.isclose(prob.sum(), 1)
+        assert np.allclose(count / 20_000, prob, atol=0.015)
+        assert np.isclose(law.entropy(), -log_prob.mean(), atol=0.02)
+        assert np.isclose(law.entropy(), -(prob * jnp.log(prob)).sum())
+    assert (z_next[:, 3] == 0).all()
+
+
+def test_the_noise_free_policy_takes_the_likeliest(recorded):
+    _, kernel, _ = recorded
+    action, z_next = kernel.mode(jnp.array(0), kernel.z0)
+    best = np.argmax(np.asarray(kernel.cell.logits[1, [0, 3]]), -1)
+    assert z_next[1] == 1
+    assert action == best[0] * 3 + best[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 0}, "k is 0; a window has at least 1 step"),
+        ({"slots": np.array([[0, 0]])}, "two agents share a slot"),
+        ({"slots": np.array([[0, 2]])}, "slot 2 is out of range: there are 2"),
+    ],
+)
+def test_bad_input_is_refused_with_its_value(change, message):
+    with pytest.raises(ValueError, match=message):
+        held_kernel(jnp.zeros((1, 2, 2)), **{"k": 2} | change)
