@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jax import lax
+from jax import core, lax
 from jaxtyping import Array, Float, Int
 from optax.projections import projection_simplex
 
@@ -277,7 +277,7 @@ def check(
 
 
 def _known(x: object) -> bool:
-    return not isinstance(x, jax.core.Tracer)
+    return not isinstance(x, core.Tracer)
 
 
 def _krylov(apply, rhs: Float[Array, " S"]) -> Float[Array, " S"]:

@@ -21,6 +21,7 @@ from spg.envs.brax import Brax, render
 from spg.envs.memory import RepeatFirst, TMaze
 from spg.envs.problems import PROBLEMS
 from spg.envs.tabular import Tabular, tabular_params
+from spg.envs.traps import TRAPS
 from spg.models import Problem
 
 __all__ = [
@@ -38,14 +39,19 @@ __all__ = [
 OBSERVABLE = ("all", "positions", "velocities", "state")
 
 
-def _episodes(make: Callable[[], Problem]) -> Callable[[], Environment]:
-    return lambda: Tabular(make().pomdp, max_steps_in_episode=200)
+def _episodes(make: Callable[..., Problem]) -> Callable[..., Environment]:
+    def episodes(**keywords):
+        problem = make(**keywords)
+        return Tabular(problem.pomdp, max_steps_in_episode=200, slots=problem.slots)
+
+    episodes.__signature__ = inspect.signature(make)  # its keywords are parameters
+    return episodes
 
 
 _OWN: dict[str, Callable[..., Environment]] = {
     "TMaze-memory": TMaze,
     "RepeatFirst-memory": RepeatFirst,
-    **{f"{name}-pomdp": _episodes(make) for name, make in PROBLEMS.items()},
+    **{f"{name}-pomdp": _episodes(make) for name, make in {**PROBLEMS, **TRAPS}.items()},
 }
 # The fields of Gymnax states that are velocities; where they appear in the observation is found
 # out from the environment itself.

@@ -41,6 +41,7 @@ class Adapter(Environment):
     ):
         self.inner, self._params = env, env_params
         self._policy, self._critic, self._previous_action = policy, critic, previous_action
+        self.slots = getattr(env, "slots", None)  # of several agents: an entry for what each sees
         self._discrete_obs = isinstance(env.observation_space(env_params), spaces.Discrete)
         key = jr.key(0)
         space = env.action_space(env_params)
@@ -121,7 +122,9 @@ class Adapter(Environment):
         return middle + half * action.reshape(space.shape), action
 
     def _see(self, obs: PyTree, state: AdapterState, params: Any) -> PyTree:
-        if self._discrete_obs:
+        if self.slots is not None:
+            obs = jax.nn.one_hot(jnp.asarray(self.slots)[obs], int(self.slots.max()) + 1).sum(0)
+        elif self._discrete_obs:
             obs = jax.nn.one_hot(obs, self.inner.observation_space(params).n)
         obs = flat(obs)
         action = [state.previous_action] if self._previous_action else []

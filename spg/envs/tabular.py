@@ -40,14 +40,21 @@ class Tabular(Environment):
 
     Nothing terminates. With `max_steps_in_episode` an episode is truncated there and the next one
     opens; without it, the default, no reset is ever drawn. Models are parameters: `vmap` over
-    `tabular_params` of several of the same shape.
+    `tabular_params` of several of the same shape. `slots` are those of a `Problem` of several
+    agents, for policies in which each acts on what it sees.
     """
 
     def __init__(
-        self, pomdp: POMDP, *, privileged: bool = False, max_steps_in_episode: int | None = None
+        self,
+        pomdp: POMDP,
+        *,
+        privileged: bool = False,
+        max_steps_in_episode: int | None = None,
+        slots: np.ndarray | None = None,
     ):
         self._params = tabular_params(pomdp, max_steps_in_episode=max_steps_in_episode)
         self._num_obs = pomdp.num_obs
+        self.slots = slots
         self._privileged = privileged
         self._num_actions = pomdp.num_actions
 

@@ -147,23 +147,19 @@ def cartpole(bins: int = 10, *, repeat: int = 2) -> Problem:
         return jnp.stack([state.x, state.x_dot, state.theta, state.theta_dot]), gone
 
     moved, gone = map(np.asarray, move(jnp.asarray(nodes), jnp.arange(2)))
-    corner, weight = _interpolate(np.concatenate([moved.reshape(-1, 4), np.zeros((1, 4))]), axes)
+    corner, weight = _interpolate(np.concatenate([moved.reshape(-1, 4), np.zeros((3, 4))]), axes)
     start = np.bincount(corner[-1], weight[-1], size + 1)
-    s, a = (x.ravel() for x in np.mgrid[:size, :2])
-    certain = np.eye(16)[0]
-    weight = np.where(gone.reshape(-1, 1), certain, weight[:-1])
-    corner = np.where(gone.reshape(-1, 1), fallen, corner[:-1])
-    lists = (
-        np.repeat(s, 16),
-        np.repeat(a, 16),
-        corner.ravel(),
-        weight.ravel(),
-        np.ones(16 * len(s)),
-    )
-    ends = ([fallen] * 2, [0, 1], [fallen] * 2, [1, 1], [0, 0])
+    gone = np.append(gone, [True, True])[:, None]  # what has fallen lies
+    s, a = (np.repeat(x, 16) for x in np.mgrid[: size + 1, :2])
     state = np.arange(size + 1)
     pomdp = sparse_pomdp(
-        tuple(np.concatenate(pair) for pair in zip(lists, ends, strict=True)),
+        (
+            s,
+            a,
+            np.where(gone, fallen, corner[:-1]).ravel(),
+            np.where(gone, np.eye(16)[0], weight[:-1]).ravel(),
+            (s != fallen) * 1.0,
+        ),
         (state, state, np.ones(size + 1)),
         start,
         num_actions=2,

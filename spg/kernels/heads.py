@@ -3,8 +3,11 @@
 from typing import Protocol, runtime_checkable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from spg.distributions import Categorical, Law, Normal
 from spg.kernels.networks import MLP
@@ -23,11 +26,42 @@ class CategoricalHead(eqx.Module):
 
     mlp: MLP
 
-    def __init__(self, sizes: list[int], *, key: PRNGKeyArray):
-        self.mlp = MLP(sizes, gain=0.01, key=key)
+    def __init__(self, sizes: list[int], *, gain: float = 0.01, key: PRNGKeyArray):
+        self.mlp = MLP(sizes, gain=gain, key=key)
 
     def __call__(self, obs: Float[Array, " o"], z_next: Float[Array, " n"]) -> Categorical:
         return Categorical(self.mlp(jnp.concatenate([obs, z_next])))
+
+
+class TeamHead(eqx.Module):
+    """Discrete actions of I agents, independent given z': logits_i = MLP(what i sees, z').
+
+    The joint action is Σ_i A^{I-1-i} a_i. An observation has an entry for each slot, and agent i
+    sees those of its own; the agents share the network.
+    """
+
+    mlp: MLP
+    sees: Float[Array, "I o"]  # 1 where agent i sees the entry
+
+    def __init__(
+        self,
+        slots: Int[np.ndarray, "O I"],
+        sizes: list[int],
+        *,
+        gain: float = 0.01,
+        key: PRNGKeyArray,
+    ):
+        """`sizes` end with the number of actions of one agent."""
+        self.mlp = MLP(sizes, gain=gain, key=key)
+        self.sees = jnp.array([np.isin(np.arange(slots.max() + 1), s) * 1.0 for s in slots.T])
+
+    def __call__(self, obs: Float[Array, " o"], z_next: Float[Array, " n"]) -> Categorical:
+        own = lax.stop_gradient(self.sees) * obs
+        logits = jax.vmap(lambda o: self.mlp(jnp.concatenate([o, z_next])))(own)
+        joint = jnp.zeros(1)
+        for one in jax.nn.log_softmax(logits):
+            joint = (joint[:, None] + one).reshape(-1)
+        return Categorical(joint)
 
 
 class NormalHead(eqx.Module):
@@ -36,8 +70,8 @@ class NormalHead(eqx.Module):
     mlp: MLP
     log_std: Float[Array, " a"]
 
-    def __init__(self, sizes: list[int], *, std: Scalar, key: PRNGKeyArray):
-        self.mlp = MLP(sizes, gain=0.01, key=key)
+    def __init__(self, sizes: list[int], *, std: Scalar, gain: float = 0.01, key: PRNGKeyArray):
+        self.mlp = MLP(sizes, gain=gain, key=key)
         self.log_std = jnp.full(sizes[-1], jnp.log(std))
 
     def __call__(self, obs: Float[Array, " o"], z_next: Float[Array, " n"]) -> Normal:

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax import core
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from spg.distributions import Categorical, Delta
+from spg.distributions import Categorical, Delta, Law
 from spg.kernels.finite import integer
+from spg.kernels.heads import Head
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Identity
 
@@ -40,10 +42,10 @@ class HeldLaw(eqx.Module):
         component = jnp.where(self.opens, jnp.argmax(self.mixture), self.z[1])
         return self._hold(component, jnp.argmax(self.logits[component], -1))
 
-    def log_prob(self, z_next: Int[Array, " n"]) -> Float[Array, ""]:
+    def log_prob(self, x: Int[Array, " n"]) -> Float[Array, ""]:
         """log w_c where a window opens, and Σ log p_c(a | slot) over the slots not held before."""
-        drawn = self.opens * jax.nn.log_softmax(self.mixture)[z_next[1]]
-        return drawn + self.new_actions(z_next)[z_next[1]]
+        drawn = self.opens * jax.nn.log_softmax(self.mixture)[x[1]]
+        return drawn + self.new_actions(x)[x[1]]
 
     def new_actions(self, z_next: Int[Array, " n"]) -> Float[Array, " C"]:
         """Σ log p_c(a | slot) over the slots not held before, of every component."""
@@ -120,7 +122,7 @@ def held_kernel(
     Raises ValueError for k < 1, and if two agents share a slot or a slot is beyond L.
     """
     num_components, num_slots, num_actions = logits.shape
-    if not isinstance(k, jax.core.Tracer) and k < 1:
+    if not isinstance(k, core.Tracer) and k < 1:
         raise ValueError(f"k is {k}; a window has at least 1 step")
     slots = np.arange(num_slots)[:, None] if slots is None else slots
     if any(len(set(row)) < len(row) for row in slots.tolist()):
@@ -156,3 +158,64 @@ class ForcedHeld(eqx.Module):
         self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
     ) -> tuple[Float[Array, " L"], Int[Array, "L n"]]:
         return self.cell.replay(obs, z, z_next, first, z0)
+
+
+class SeedLaw(eqx.Module):
+    """Law of z' = (phase, one-hot seed): a new seed where a window opens, else the held one."""
+
+    logits: Float[Array, " n"]
+    z: Float[Array, " n+1"]
+    k: int = eqx.field(static=True)
+
+    def sample(self, *, key: PRNGKeyArray) -> Float[Array, " n+1"]:
+        return self._hold(jr.categorical(key, self.logits))
+
+    def mode(self) -> Float[Array, " n+1"]:
+        return self._hold(jnp.argmax(self.logits))
+
+    def log_prob(self, x: Float[Array, " n+1"]) -> Float[Array, ""]:
+        """log w_c where a window opens, else 0."""
+        return self._opens() * jnp.vdot(x[1:], jax.nn.log_softmax(self.logits))
+
+    def entropy(self) -> Float[Array, ""]:
+        return self._opens() * Categorical(self.logits).entropy()
+
+    def replay(self, x: Float[Array, " n+1"]) -> Float[Array, " n+1"]:
+        return x
+
+    def _opens(self) -> Bool[Array, ""]:
+        return self.z[0] < 0.5 / self.k
+
+    def _hold(self, drawn: Int[Array, ""]) -> Float[Array, " n+1"]:
+        fresh = jax.nn.one_hot(drawn, len(self.logits), dtype=self.z.dtype)
+        seed = jnp.where(self._opens(), fresh, self.z[1:])
+        steps = jnp.round(self.z[0] * self.k) + 1
+        return jnp.concatenate([(steps % self.k)[None] / self.k, seed])
+
+
+class Seed(eqx.Module):
+    """A cell: one of n seeds is drawn for k steps, c ~ softmax(logits), and shared by all agents.
+
+    z = (steps into the window / k, one-hot seed). The head sees the seed alone, through
+    `SeedHead`, and is a mixture of n policies that share one network; a critic sees the phase too.
+    """
+
+    logits: Float[Array, " n"]
+    k: int = eqx.field(static=True)
+
+    def __call__(self, obs: Array, z: Float[Array, " n+1"]) -> SeedLaw:
+        return SeedLaw(self.logits, z, self.k)
+
+    def replay(
+        self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
+    ) -> tuple[Float[Array, " L"], Float[Array, "L n+1"]]:
+        return jax.vmap(lambda o, z, z_next: self(o, z).log_prob(z_next))(obs, z, z_next), z_next
+
+
+class SeedHead(eqx.Module):
+    """Any head, of the observation and the seed; the phase of the window is kept from it."""
+
+    head: Head
+
+    def __call__(self, obs: Array, z_next: Float[Array, " n+1"]) -> Law:
+        return self.head(obs, z_next[1:])
