@@ -18,6 +18,8 @@ from jaxtyping import Array, ArrayLike
 from spg.envs import brax
 from spg.envs.adapters import Adapter, AdapterState, View, entries, flat, own, own_and_state
 from spg.envs.brax import Brax, render
+from spg.envs.cards import RecallCards
+from spg.envs.hidden_markov import ringworld
 from spg.envs.memory import RepeatFirst, TMaze
 from spg.envs.problems import PROBLEMS
 from spg.envs.tabular import Tabular, tabular_params
@@ -27,6 +29,7 @@ __all__ = [
     "Adapter",
     "AdapterState",
     "Brax",
+    "RecallCards",
     "RepeatFirst",
     "TMaze",
     "Tabular",
@@ -42,9 +45,15 @@ def _episodes(make: Callable[[], Problem]) -> Callable[[], Environment]:
     return lambda: Tabular(make().pomdp, max_steps_in_episode=200)
 
 
+def _ringworld(epsilon: float = 0.05) -> Environment:
+    return Tabular(ringworld(epsilon=epsilon).pomdp, max_steps_in_episode=100)
+
+
 _OWN: dict[str, Callable[..., Environment]] = {
     "TMaze-memory": TMaze,
     "RepeatFirst-memory": RepeatFirst,
+    "RecallCards-memory": RecallCards,
+    "ringworld-pomdp": _ringworld,
     **{f"{name}-pomdp": _episodes(make) for name, make in PROBLEMS.items()},
 }
 # The fields of Gymnax states that are velocities; where they appear in the observation is found

@@ -46,6 +46,7 @@ class Tabular(Environment):
     def __init__(
         self, pomdp: POMDP, *, privileged: bool = False, max_steps_in_episode: int | None = None
     ):
+        self.pomdp = pomdp
         self._params = tabular_params(pomdp, max_steps_in_episode=max_steps_in_episode)
         self._num_obs = pomdp.num_obs
         self._privileged = privileged
