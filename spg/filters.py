@@ -7,6 +7,7 @@ opens an episode: the prior is the start, and no transition precedes. A filter i
 A history of probability zero has no belief; what the filters return for it is finite.
 """
 
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import equinox as eqx
@@ -91,6 +92,7 @@ class LinearFilter(eqx.Module):
     0 < δ < 1, evidence δ log E. (Π w)(s') = w(source[s']).
 
     With `centred` the largest logit is 0, for LOF, whose logits drift: softmax is blind to shifts.
+    `associative` unrolls in depth O(log T), see `linear_scan`.
     """
 
     source: Int[Array, "A S"]
@@ -98,6 +100,7 @@ class LinearFilter(eqx.Module):
     keep: Float[Array, ""]  # 1 - δ
     init: Float[Array, " S"]
     centred: bool = eqx.field(static=True)
+    associative: bool = eqx.field(static=True, default=False)
 
     def __call__(
         self, z: Float[Array, " S"], obs: Int[Array, ""], action: Int[Array, ""],
@@ -120,16 +123,17 @@ class LinearFilter(eqx.Module):
         """
         _check_lengths(obs, action, first)
         target = jnp.argsort(self.source, -1)
-        moves = jnp.where(first[:, None], jnp.arange(len(z)), target[action])
-        place = lax.associative_scan(lambda x, y: jnp.take_along_axis(y, x, -1), moves)
+        moves = jnp.where(first[:, None], jnp.arange(len(z), dtype=target.dtype), target[action])
+        place = _compose(moves, associative=self.associative)
         u = self.evidence[obs] + jnp.where(first[:, None], self.init, 0)
         u = jnp.take_along_axis(u, place, 1)
         keep = jnp.where(first, 0, self.keep)
-        v = linear_scan(keep, u, z)
+        solve = partial(linear_scan, init=z, associative=self.associative)
+        v = solve(keep, u)
         if self.centred:
             top = v.max(1)
             growth = top - keep * jnp.roll(top, 1).at[0].set(0)
-            v = linear_scan(keep, u - growth[:, None], z)
+            v = solve(keep, u - growth[:, None])
             v -= v.max(1, keepdims=True)
         return jnp.put_along_axis(v, place, v, 1, inplace=False)
 
@@ -144,7 +148,7 @@ def log_forward_filter(model: HMM) -> LogForwardFilter:
     return LogForwardFilter(*(_floats(_log(x)) for x in checked(model)))
 
 
-def exact_filter(model: HMM, *, centred: bool = True) -> LinearFilter:
+def exact_filter(model: HMM, *, centred: bool = True, associative: bool = False) -> LinearFilter:
     """LOF. Raises ValueError, naming the column, unless every T(a) is a permutation."""
     model = checked(model)
     for a, matrix in enumerate(model.transition):
@@ -160,11 +164,13 @@ def exact_filter(model: HMM, *, centred: bool = True) -> LinearFilter:
                     "leaky_filter is for nearly deterministic transitions"
                 )
     evidence, init = (_floats(_log(x)) for x in (model.emission, model.start))
-    source = _sources(model)
-    return LinearFilter(source, evidence, jnp.ones_like(init[0]), init - init.max(), centred)
+    keep = jnp.ones_like(init[0])
+    return LinearFilter(_sources(model), evidence, keep, init - init.max(), centred, associative)
 
 
-def leaky_filter(model: HMM, *, decay: float, least: float = 1e-6) -> LinearFilter:
+def leaky_filter(
+    model: HMM, *, decay: float, least: float = 1e-6, associative: bool = False
+) -> LinearFilter:
     """ALF of δ = `decay`, with Π(a) of the nearly deterministic T(a): see `deterministic_part`.
 
     Emissions below `least` count as that, where Assumption 5.3 wants positive ones: a state that
@@ -176,7 +182,15 @@ def leaky_filter(model: HMM, *, decay: float, least: float = 1e-6) -> LinearFilt
     laws = (decay * np.log(np.maximum(x, least)) for x in (model.emission, model.start))
     evidence, init = map(_floats, laws)
     keep = jnp.ones_like(init[0]) - decay
-    return LinearFilter(_sources(model), evidence, keep, init - init.max(), False)
+    return LinearFilter(_sources(model), evidence, keep, init - init.max(), False, associative)
+
+
+def _compose(moves: Int[Array, "T S"], *, associative: bool) -> Int[Array, "T S"]:
+    """Where each state of before the sequence is after the moves s -> moves[t, s] up to t."""
+    if associative:
+        return lax.associative_scan(lambda x, y: jnp.take_along_axis(y, x, -1), moves)
+    step = lambda place, move: (move[place],) * 2
+    return lax.scan(step, jnp.arange(moves.shape[1], dtype=moves.dtype), moves)[1]
 
 
 def _sources(permutations: HMM) -> Int[Array, "A S"]:

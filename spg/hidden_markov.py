@@ -61,7 +61,7 @@ def checked(model: HMM) -> HMM:
         total = law.sum(0)
         for s in np.flatnonzero(~(np.abs(total - 1) < 1e-5) | ~(law >= 0).all(0)):
             raise ValueError(
-                f"column {s} of {name} is no law: it sums to {total[s]:.6g}: {law[:, s]}"
+                f"column {s} of {name} is no law, it sums to {total[s]:.6g}: {law[:, s]}"
             )
     for o in np.flatnonzero(~(emission > 0).any(1)):
         raise ValueError(f"the emissions of observation {o} are all zero; leave it out")
