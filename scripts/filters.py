@@ -76,10 +76,8 @@ def decays(config: Config, epsilon: float) -> list[float]:
 def world(config: Config, epsilon: float, *, controlled: bool) -> World:
     model = hmm(swap_hmm(epsilon, controlled=controlled).pomdp)
     exact = exact_filter(deterministic_part(model))
-    decay = jnp.array(decays(config, epsilon))
-    each = lambda x: jnp.broadcast_to(x, (len(decay), *x.shape))
-    evidence = decay[:, None, None] * exact.evidence
-    leaky = LinearFilter(each(exact.source), evidence, 1 - decay, jnp.zeros((len(decay), 2)), False)
+    leak = lambda d: LinearFilter(exact.source, d * exact.evidence, 1 - d, jnp.zeros(2), False)
+    leaky = jax.vmap(leak)(jnp.array(decays(config, epsilon)))
     return World(forward_filter(model), leaky)
 
 

@@ -163,9 +163,8 @@ def exact_filter(model: HMM, *, centred: bool = True, associative: bool = False)
                     f"the exact filter needs permutations, but column {s} of T({a}) {wrong}; "
                     "leaky_filter is for nearly deterministic transitions"
                 )
-    evidence, init = (_floats(_log(x)) for x in (model.emission, model.start))
-    keep = jnp.ones_like(init[0])
-    return LinearFilter(_sources(model), evidence, keep, init - init.max(), centred, associative)
+    evidence, init = _log(model.emission), _log(model.start)
+    return _linear(model, evidence, 1.0, init, centred=centred, associative=associative)
 
 
 def leaky_filter(
@@ -179,10 +178,16 @@ def leaky_filter(
     if not 0 < decay < 1:
         raise ValueError(f"decay is {decay}; it has to be inside (0, 1)")
     model = deterministic_part(model)
-    laws = (decay * np.log(np.maximum(x, least)) for x in (model.emission, model.start))
-    evidence, init = map(_floats, laws)
-    keep = jnp.ones_like(init[0]) - decay
-    return LinearFilter(_sources(model), evidence, keep, init - init.max(), False, associative)
+    evidence, init = (decay * np.log(np.maximum(x, least)) for x in (model.emission, model.start))
+    return _linear(model, evidence, 1 - decay, init, centred=False, associative=associative)
+
+
+def _linear(
+    permutations: HMM, evidence: np.ndarray, keep: float, init: np.ndarray, **static: bool
+) -> LinearFilter:
+    source = jnp.asarray(permutations.transition.argmax(2), jnp.int32)
+    evidence, init = _floats(evidence), _floats(init - init.max())
+    return LinearFilter(source, evidence, _floats(np.asarray(keep)), init, **static)
 
 
 def _compose(moves: Int[Array, "T S"], *, associative: bool) -> Int[Array, "T S"]:
@@ -191,10 +196,6 @@ def _compose(moves: Int[Array, "T S"], *, associative: bool) -> Int[Array, "T S"
         return lax.associative_scan(lambda x, y: jnp.take_along_axis(y, x, -1), moves)
     step = lambda place, move: (move[place],) * 2
     return lax.scan(step, jnp.arange(moves.shape[1], dtype=moves.dtype), moves)[1]
-
-
-def _sources(permutations: HMM) -> Int[Array, "A S"]:
-    return jnp.asarray(permutations.transition.argmax(2), jnp.int32)
 
 
 def _floats(x: np.ndarray) -> Array:

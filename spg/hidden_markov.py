@@ -22,7 +22,8 @@ class HMM(NamedTuple):
 def hmm(pomdp: POMDP) -> HMM:
     """The hidden Markov model of a finite world."""
     world = dense(pomdp) if isinstance(pomdp, SparsePOMDP) else pomdp
-    return HMM(world.transition.transpose(1, 2, 0), world.observation.T, world.start)
+    transition, emission, _, start = map(np.asarray, world)
+    return HMM(transition.transpose(1, 2, 0), emission.T, start)
 
 
 def deterministic_part(model: HMM) -> HMM:
