@@ -45,8 +45,9 @@ class EnvConfig:
     """What every script that opens an environment offers."""
 
     env: str = "CartPole-v1"
-    """a Gymnax environment, brax/<name>, or one of ours: TMaze-memory, RepeatFirst-memory, and the
-    finite worlds, as heavenhell-pomdp, in episodes of max_steps_in_episode"""
+    """a Gymnax environment, brax/<name>, or one of ours: TMaze-memory, RepeatFirst-memory,
+    RecallCards-memory, and the finite worlds, as heavenhell-pomdp and ringworld-pomdp, in episodes
+    of max_steps_in_episode"""
     observe: Literal["all", "positions", "velocities", "state"] = "positions"
     """what the policy sees"""
     previous_action: bool = False

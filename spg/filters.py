@@ -183,11 +183,12 @@ def leaky_filter(
 
 
 def _linear(
-    permutations: HMM, evidence: np.ndarray, keep: float, init: np.ndarray, **static: bool
-) -> LinearFilter:
+    permutations: HMM, evidence: np.ndarray, keep: float, init: np.ndarray, *, centred: bool,
+    associative: bool,
+) -> LinearFilter:  # fmt: skip
     source = jnp.asarray(permutations.transition.argmax(2), jnp.int32)
-    evidence, init = _floats(evidence), _floats(init - init.max())
-    return LinearFilter(source, evidence, _floats(np.asarray(keep)), init, **static)
+    parts = _floats(evidence), _floats(np.asarray(keep)), _floats(init - init.max())
+    return LinearFilter(source, *parts, centred, associative)
 
 
 def _compose(moves: Int[Array, "T S"], *, associative: bool) -> Int[Array, "T S"]:

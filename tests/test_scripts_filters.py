@@ -1,10 +1,8 @@
 """The decoding-error experiment: its files, its numbers, and what it refuses."""
 
 import csv
-import os
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +19,7 @@ def run(tmp_path_factory):
         return out, list(csv.DictReader(file))
 
 
-def test_the_run_leaves_table_and_picture_and_is_not_overwritten(run, capsys):
+def test_the_run_leaves_table_and_picture_and_is_not_overwritten(run):
     out, rows = run
     assert len(rows) == 2 * 2 * len(filters.FILTERS)
     assert (out / "filters.png").stat().st_size > 0
@@ -52,7 +50,7 @@ def test_long_run_errors_are_those_of_an_independent_simulation(run, world):
         assert float(row["final_error"]) == pytest.approx(expected, abs=4 * 0.5 / 4000**0.5)
 
 
-def test_order_of_the_filters_is_that_of_the_paper(run):
+def test_admitted_decays_are_best_but_for_the_belief(run):
     error = {
         (row["filter"], float(row["inverse_epsilon"])): float(row["long_run_error"])
         for row in run[1]
@@ -79,9 +77,9 @@ def test_what_cannot_run_is_refused(words, message):
         filters.main(filters.Config(**words))
 
 
-def test_command_ends_with_status_2_and_one_line():
-    command = [sys.executable, "scripts/filters.py", "--steps", "0"]
-    words = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True}
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": "."}, **words)
-    assert done.returncode == 2
-    assert done.stderr == "error: steps is 0; it has to be at least 1\n"
+def test_command_ends_with_status_2_and_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["filters.py", "--steps", "0"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(filters.__file__, run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: steps is 0; it has to be at least 1\n"

@@ -27,6 +27,7 @@ class FilterCell(eqx.Module):
 
     filter: Filter
     num_obs: int = eqx.field(static=True)
+    num_actions: int = eqx.field(static=True)
 
     def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Float[Array, " n"]:
         return lax.stop_gradient(self.filter)(z, *self._read(obs))
@@ -45,6 +46,11 @@ class FilterCell(eqx.Module):
         self, obs: Float[Array, " o"]
     ) -> tuple[Int[Array, ""], Int[Array, ""], Bool[Array, ""]]:
         """The observation, the action before it, and whether there was none."""
+        if obs.size != self.num_obs + self.num_actions:
+            raise ValueError(
+                f"a filter reads {self.num_obs} entries of the observation and {self.num_actions} "
+                f"of the action before it, not {obs.size}: observe all, with the previous action"
+            )
         o, action = obs[: self.num_obs], obs[self.num_obs :]
         return jnp.argmax(o), jnp.argmax(action), action.max() <= 0
 
@@ -95,4 +101,4 @@ def filter_cell(
     else:
         rule = leaky_filter(model, decay=decay)
     temperature = {"": None, "softmax": 1.0, "belief": decay}[seen]
-    return FilterCell(rule, pomdp.num_obs), rule.init, Feature(temperature)
+    return FilterCell(rule, pomdp.num_obs, pomdp.num_actions), rule.init, Feature(temperature)
