@@ -45,8 +45,9 @@ class EnvConfig:
     """What every script that opens an environment offers."""
 
     env: str = "CartPole-v1"
-    """a Gymnax environment, brax/<name>, or one of ours: TMaze-memory, RepeatFirst-memory, and the
-    finite worlds, as heavenhell-pomdp, in episodes of max_steps_in_episode"""
+    """a Gymnax environment, brax/<name>, or one of ours: TMaze-memory, RepeatFirst-memory,
+    RecallCards-memory, and the finite worlds, as heavenhell-pomdp and ringworld-pomdp, in episodes
+    of max_steps_in_episode"""
     observe: Literal["all", "positions", "velocities", "state"] = "positions"
     """what the policy sees"""
     previous_action: bool = False
@@ -94,17 +95,17 @@ def make_env(config: EnvConfig, *, oracle: bool = False) -> tuple[Environment, A
 
 def open_problem(config: ProblemConfig) -> Problem:
     """The world that `config` names. Raises ValueError or OSError for what cannot be opened."""
-    from spg.envs import pomdp_file, problems  # here, as in `make_env`
+    from spg.envs import WORLDS, pomdp_file  # here, as in `make_env`
 
     check_positive(config, "num_z", "out_degree")
     check_range(config, 0.0, float("inf"), "start_std")
     if config.out_degree > config.num_z:
         raise ValueError(f"out_degree {config.out_degree} is more than num_z {config.num_z}")
-    if config.problem in problems.PROBLEMS:
-        return problems.PROBLEMS[config.problem]()
+    if config.problem in WORLDS:
+        return WORLDS[config.problem]()
     if Path(config.problem).suffix.lower() == ".pomdp" or Path(config.problem).is_file():
         return pomdp_file.read_pomdp(config.problem)
-    known = ", ".join(problems.PROBLEMS)
+    known = ", ".join(WORLDS)
     raise ValueError(f"unknown problem {config.problem!r}; choose from {known}, or a .POMDP file")
 
 

@@ -75,3 +75,39 @@ def learning_curve(path: Path, curves: list[Curve], *, title: str) -> None:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def gaps(
+    path: Path,
+    k: tuple[int, ...],
+    gap: Float[np.ndarray, "K runs T+1"],
+    limit: Float[np.ndarray, "K T"],
+    *,
+    bound: str,
+    title: str,
+) -> None:
+    """Draw how far from the best an ascent ends, against k, and after every number of updates.
+
+    `limit` is the theorem's, dashed, called `bound`. What is below 1e-6 is drawn there.
+    """
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    gap = np.maximum(gap, 1e-6)
+    last = gap[:, :, -1]
+    left.plot(k, limit[:, -1], "k--", label=bound)
+    left.plot(k, last.max(1), "C3o-", label="worst run")
+    left.plot(k, np.median(last, 1), "C0o-", label="median run")
+    left.set(xlabel="k, steps held", ylabel="gap to the best deterministic policy")
+    left.set(xscale="log", xticks=k, xticklabels=map(str, k))
+    left.minorticks_off()
+    updates = np.arange(1, limit.shape[1] + 1)
+    for i, number in enumerate(k):
+        right.plot(updates, gap[i].max(0)[1:], color=f"C{i}", label=f"k = {number}")
+        right.plot(updates, limit[i], "--", color=f"C{i}", linewidth=1)
+    right.set(xscale="log", xlabel="updates", ylabel="gap, worst run; bounds dashed")
+    for axes in (left, right):
+        axes.set(yscale="log", ylim=(5e-7, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small", ncols=2)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

@@ -18,6 +18,8 @@ from jaxtyping import Array, ArrayLike
 from spg.envs import brax
 from spg.envs.adapters import Adapter, AdapterState, View, entries, flat, own, own_and_state
 from spg.envs.brax import Brax, render
+from spg.envs.cards import RecallCards
+from spg.envs.hidden_markov import ringworld
 from spg.envs.memory import RepeatFirst, TMaze
 from spg.envs.problems import PROBLEMS
 from spg.envs.tabular import Tabular, tabular_params
@@ -28,6 +30,7 @@ __all__ = [
     "Adapter",
     "AdapterState",
     "Brax",
+    "RecallCards",
     "RepeatFirst",
     "TMaze",
     "Tabular",
@@ -39,19 +42,26 @@ __all__ = [
 OBSERVABLE = ("all", "positions", "velocities", "state")
 
 
-def _episodes(make: Callable[..., Problem]) -> Callable[..., Environment]:
-    def episodes(**keywords):
-        problem = make(**keywords)
-        return Tabular(problem.pomdp, max_steps_in_episode=200, slots=problem.slots)
+WORLDS: dict[str, Callable[..., Problem]] = {**PROBLEMS, **TRAPS, "ringworld": ringworld}
 
-    episodes.__signature__ = inspect.signature(make)  # its keywords are parameters
+
+def _episodes(make: Callable[..., Problem]) -> Callable[..., Environment]:
+    """A finite world in episodes: 100 steps of RingWorld, 200 of any other."""
+    num_steps = 100 if make is ringworld else 200
+
+    def episodes(**keywords: Any) -> Environment:
+        problem = make(**keywords)
+        return Tabular(problem.pomdp, max_steps_in_episode=num_steps, slots=problem.slots)
+
+    setattr(episodes, "__signature__", inspect.signature(make))  # noqa: B010
     return episodes
 
 
 _OWN: dict[str, Callable[..., Environment]] = {
     "TMaze-memory": TMaze,
     "RepeatFirst-memory": RepeatFirst,
-    **{f"{name}-pomdp": _episodes(make) for name, make in {**PROBLEMS, **TRAPS}.items()},
+    "RecallCards-memory": RecallCards,
+    **{f"{name}-pomdp": _episodes(make) for name, make in WORLDS.items()},
 }
 # The fields of Gymnax states that are velocities; where they appear in the observation is found
 # out from the environment itself.

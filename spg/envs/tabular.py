@@ -52,6 +52,7 @@ class Tabular(Environment):
         max_steps_in_episode: int | None = None,
         slots: np.ndarray | None = None,
     ):
+        self.pomdp = pomdp
         self._params = tabular_params(pomdp, max_steps_in_episode=max_steps_in_episode)
         self._num_obs = pomdp.num_obs
         self.slots = slots

@@ -1,0 +1,289 @@
+"""k-step policy gradients on small worlds: the gap to the best deterministic policy, against k.
+
+DeWeese & Qu (2026). Every k and every run are one vmapped program. Mirror and projected ascent are
+over laws of deterministic policies, with the step sizes of the theorem; product and mixture are
+softmax policies with their actions held, trained by Adam.
+
+    python scripts/kstep.py                                        # 40 random aggregated worlds
+    python scripts/kstep.py --problem chain --method product --gradient sampled --num-runs 10
+"""
+
+import csv
+import inspect
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import tyro
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from spg import cli, kstep, plotting, records
+from spg.estimators import gpomdp
+from spg.estimators import kstep as sampled
+from spg.kernels.held import certain_logits, held_kernel
+from spg.models import POMDP, Problem, dense
+from spg.rollout import reset, rollout
+
+
+@dataclass(frozen=True)
+class Config:
+    problem: Literal["aggregated", "twostate", "chain", "matching", "cartpole"] = "aggregated"
+    problem_params: dict[str, float] = field(default_factory=dict)
+    """arguments of the problem, e.g. --problem-params n 5 reward 0.5"""
+    method: Literal["mirror", "projected", "product", "mixture"] = "mirror"
+    """ascent over laws of deterministic policies; or Adam on softmax policies, one or several"""
+    gradient: Literal["exact", "sampled"] = "exact"
+    k: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """steps for which randomness is held"""
+    num_runs: int = 40
+    """other random worlds (aggregated), or other seeds of the start and the samples"""
+    num_updates: int = 300
+    gamma: float = 0.0
+    """discount; 0: that of the problem"""
+    num_components: int = 4
+    """product policies in a mixture"""
+    start_std: float = 0.5
+    """of the logits (product, mixture)"""
+    learning_rate: float = 0.05
+    """of Adam (product, mixture)"""
+    num_episodes: int = 128
+    """trajectories of a sampled gradient, shared out to the policies by mirror and projected"""
+    num_steps: int = 100
+    """of a trajectory; what lies beyond is missing from sampled gradients"""
+    seed: int = 0
+    out: str | None = None
+    """directory of the run; by default a new one under runs/"""
+    resume = False
+
+
+class World(NamedTuple):
+    """What the runs share, and `pomdp` and `env_params`, of which each run may have its own."""
+
+    pomdp: POMDP
+    env_params: PyTree
+    env: Any
+    policies: Int[np.ndarray, "N L"]
+    joint: Int[np.ndarray, "N O"]  # actions at each observation
+    slots: Int[np.ndarray, "O I"]
+    num_actions: int  # of one agent
+    gamma: float
+
+
+class Softmax(NamedTuple):
+    """A mixture of product policies, and Adam."""
+
+    logits: Float[Array, "C L A"]
+    mixture: Float[Array, " C"]
+
+
+def open_world(config: Config) -> World:
+    """Raises ValueError for what cannot be opened, or has more than 5,000 policies."""
+    from spg.envs import Tabular, tabular_params, traps  # here: gymnax starts JAX's backend
+
+    make = traps.TRAPS[config.problem]
+    known = list(inspect.signature(make).parameters)
+    for name in config.problem_params:
+        if name not in known:
+            choices = f"choose from {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"{config.problem} has no parameter {name!r}; {choices}")
+    keywords: dict[str, Any] = {
+        name: int(v) if v == int(v) else v for name, v in config.problem_params.items()
+    }
+    own = config.problem == "aggregated"
+    problems: list[Problem] = [
+        make(**keywords | {"seed": config.seed + i} if own else keywords)
+        for i in range(config.num_runs if own else 1)
+    ]
+    problem = problems[0]
+    slots = np.arange(problem.pomdp.num_obs)[:, None] if problem.slots is None else problem.slots
+    num_actions = round(problem.pomdp.num_actions ** (1 / slots.shape[1]))
+    num_slots = int(slots.max()) + 1
+    if num_actions**num_slots > 5_000:
+        raise ValueError(
+            f"{problem.name} has {num_actions}^{num_slots} deterministic policies; 5,000 can be "
+            "listed, so fewer observations would do"
+        )
+    policies = kstep.all_policies(num_slots, num_actions)
+    joint = kstep.joint_policies(policies, slots, num_actions)
+    solved = [dense(p.pomdp) if len(p.states) <= 500 else p.pomdp for p in problems]
+    env_params = [tabular_params(p.pomdp) for p in problems]
+    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x) if own else x[0], *trees)
+    return World(
+        stack(solved), stack(env_params), Tabular(problem.pomdp), policies, joint, slots,
+        num_actions, config.gamma or problem.discount,
+    )  # fmt: skip
+
+
+def law(config: Config, world: World, params: PyTree) -> Float[Array, " N"]:
+    """The law over deterministic policies that the parameters stand for."""
+    if isinstance(params, Softmax):
+        return kstep.product_law(jnp.asarray(world.policies), *params)
+    return jnp.exp(params) if config.method == "mirror" else params
+
+
+def optimiser(config: Config) -> optax.GradientTransformation:
+    return optax.adam(lambda count: config.learning_rate * (1 - count / config.num_updates))
+
+
+def init(config: Config, world: World, key: PRNGKeyArray) -> tuple[PyTree, PyTree]:
+    """Parameters, and the state of Adam."""
+    if config.method in ("product", "mixture"):
+        num = config.num_components if config.method == "mixture" else 1
+        shape = (num, world.policies.shape[1], world.num_actions)
+        params = Softmax(config.start_std * jr.normal(key, shape), jnp.zeros(num))
+        return params, optimiser(config).init(params)
+    num = len(world.policies)
+    return jnp.full(num, -jnp.log(num) if config.method == "mirror" else 1 / num), ()
+
+
+def sampled_gradient(
+    config: Config, world: World, k: Array, params: PyTree, key: PRNGKeyArray
+) -> PyTree:
+    """∂J/∂w by holding each policy, or ∂J by the responsibilities of first visits."""
+    start_key, key = jr.split(key)
+    env, env_params = world.env, world.env_params
+    if isinstance(params, Softmax):
+        kernel = held_kernel(*params, k=k, slots=world.slots)
+
+        def run(start_key, key):
+            carry = reset(kernel, env, env_params, key=start_key)
+            steps = config.num_steps
+            return rollout(kernel, env, env_params, carry, num_steps=steps, key=key)[1]
+
+        keys = (jr.split(x, config.num_episodes) for x in (start_key, key))
+        trajs = jax.vmap(run)(*keys)
+        returns = jax.vmap(partial(sampled.discounted_returns, gamma=world.gamma))(trajs)
+        weight = returns - (returns.sum(0) - returns) / (len(returns) - 1)  # of the other episodes
+        memory = jnp.zeros((config.num_episodes, len(params.mixture)))
+        mean = gpomdp.gradient(sampled.responsibilities, kernel, memory, trajs, weight)
+        cell: Any = jax.tree.map(lambda g: config.num_steps * g, mean).cell
+        return Softmax(cell.logits, cell.mixture)
+    log_w = jnp.log(law(config, world, params))
+    kernel = held_kernel(
+        certain_logits(world.policies, world.num_actions), log_w, k=k, slots=world.slots
+    )
+
+    def one(component, key):
+        traj, window, life = sampled.hold(
+            kernel, env, env_params, component,
+            gamma=world.gamma, num_steps=config.num_steps, key=key,
+        )  # fmt: skip
+        return sampled.direct_estimate(traj.reward, window, life, k=k, gamma=world.gamma)
+
+    each = max(config.num_episodes // len(world.policies), 1)
+    keys = jr.split(key, (len(world.policies), each))
+    every = jax.vmap(jax.vmap(one, (None, 0)))(jnp.arange(len(world.policies)), keys)
+    return every.mean(1)
+
+
+def update(
+    config: Config, world: World, k: Array, state: tuple[PyTree, PyTree], key: PRNGKeyArray
+) -> tuple[tuple[PyTree, PyTree], Float[Array, ""]]:
+    """One step of the ascent, and J before it."""
+    params, opt_state = state
+    weights, pull = jax.vjp(partial(law, config, world), params)
+    solution = kstep.solve(world.pomdp, world.joint, weights, k=k, gamma=world.gamma)
+    gradient: Any = solution.gradient
+    if config.gradient == "sampled":
+        gradient = sampled_gradient(config, world, k, params, key)
+    elif isinstance(params, Softmax):
+        gradient = pull(gradient)[0]
+    reward = world.pomdp.mean_reward()
+    width = reward.max() - reward.min()
+    size = 1 / kstep.smoothness(k, world.gamma, reward_range=width)
+    if config.method == "mirror":
+        return (kstep.mirror_step(params, gradient, size), ()), solution.expected_return
+    if config.method == "projected":
+        moved = kstep.projected_step(params, gradient, size / len(params))
+        return (moved, ()), solution.expected_return
+    descent = jax.tree.map(jnp.negative, gradient)
+    updates, opt_state = optimiser(config).update(descent, opt_state)
+    return (optax.apply_updates(params, updates), opt_state), solution.expected_return
+
+
+def ascend(config: Config, world: World, key: PRNGKeyArray, k: Array) -> Float[Array, " T"]:
+    """max_D J^D - J after 0, 1, …, `num_updates` updates."""
+    start_key, key = jr.split(key)
+    step = partial(update, config, world, k)
+    keys = jr.split(key, config.num_updates + 1)
+    returns = lax.scan(step, init(config, world, start_key), keys)[1]
+    return kstep.policy_returns(world.pomdp, world.joint, gamma=world.gamma).max() - returns
+
+
+def program(config: Config, world: World) -> Callable[[Array, Array], Float[Array, "K R T"]]:
+    """Gaps of every k and run, from the keys of the runs and the list of k."""
+
+    def one(pomdp, env_params, key, k):
+        return ascend(config, world._replace(pomdp=pomdp, env_params=env_params), key, k)
+
+    axis = 0 if config.problem == "aggregated" else None  # worlds of their own
+    over_runs = jax.vmap(one, (axis, axis, 0, None))
+    over_k = jax.vmap(over_runs, (None, None, None, 0))
+    return jax.jit(lambda keys, ks: over_k(world.pomdp, world.env_params, keys, ks))
+
+
+def bounds(config: Config, world: World) -> Float[np.ndarray, "K T"]:
+    """The theorem's, after 1 … T updates of mirror or projected ascent; c_k for the others."""
+    reward = np.asarray(world.pomdp.mean_reward())
+    shared: Any = {"gamma": world.gamma, "reward_range": float(np.ptp(reward, (-2, -1)).max())}
+    steps = np.arange(1, config.num_updates + 1)
+    if config.method in ("product", "mixture"):
+        return np.array([0 * steps + kstep.gap_bound(k, **shared) for k in config.k])
+    rate = partial(kstep.rate_bound, steps, len(world.policies), method=config.method, **shared)
+    return np.array([rate(k=k) for k in config.k])
+
+
+def main(config: Config) -> None:
+    began = time.perf_counter()
+    cli.check_positive(config, "num_runs", "num_updates", "num_components", "num_steps")
+    cli.check_range(config, 2, float("inf"), "num_episodes")
+    cli.check_range(config, 0.0, float("inf"), "start_std", "learning_rate")
+    if not config.k or min(config.k) < 1 or len(set(config.k)) < len(config.k):
+        raise ValueError(f"k is {config.k}; it lists different numbers of at least 1")
+    if config.gamma and not 0 < config.gamma < 1:
+        raise ValueError(f"gamma is {config.gamma}; it has to be between 0 and 1")
+    jax.config.update("jax_enable_x64", config.gradient == "exact")
+    world = open_world(config)
+    out = records.open_run(config, "kstep")
+    print(f"{config.problem}, {len(world.policies)} policies; directory {out}", file=sys.stderr)
+    keys = jr.split(jr.key(config.seed), config.num_runs)
+    gaps = np.asarray(program(config, world)(keys, jnp.asarray(config.k)))
+    limit = bounds(config, world)
+    runs = f"{config.num_runs} worlds" if config.problem == "aggregated" else config.problem
+    plotting.gaps(
+        out / "gap.png", config.k, gaps, limit,
+        bound="bound" if config.method in ("mirror", "projected") else "bound of mixtures",
+        title=f"{config.method}, {config.gradient} gradients: {runs}",
+    )  # fmt: skip
+    last = gaps[:, :, -1]
+    columns = ["k", "worst gap", "median gap", "mean gap", "bound", "gap at the start"]
+    start = gaps[:, :, 0].max(1)
+    rows = np.stack(
+        [config.k, last.max(1), np.median(last, 1), last.mean(1), limit[:, -1], start], 1
+    )
+    with (out / "gap.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows.tolist()])
+    with (out / "ascent.csv").open("w", newline="") as file:
+        table = np.concatenate([np.arange(gaps.shape[2])[None], gaps.max(1)]).T
+        csv.writer(file).writerows([["update", *(f"k={k}" for k in config.k)], *table.tolist()])
+    print("  ".join(f"{name:>16}" for name in columns))
+    for row in rows:
+        print("  ".join(f"{value:>16.4g}" for value in row))
+    print(f"{time.perf_counter() - began:.1f} s; gap.png, gap.csv and ascent.csv in {out}")
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Config)
+    try:
+        main(arguments)
+    except (ValueError, OSError, records.RunError) as error:
+        cli.fail(error)

@@ -1,0 +1,104 @@
+"""Filters of a known model as memory: locations without parameters, and what a head sees of them.
+
+The observation is a one-hot observation, followed by the one-hot action before it, which is zeros
+where an episode opens (`previous_action` of `spg.envs.make`).
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from spg.distributions import Law
+from spg.filters import Filter, exact_filter, forward_filter, leaky_filter
+from spg.hidden_markov import deterministic_part, hmm
+from spg.kernels.heads import Head
+from spg.models import POMDP
+
+FEATURES = ("belief", "lof", "lof-softmax", "alf", "alf-softmax", "alf-belief")
+
+
+class FilterCell(eqx.Module):
+    """A location: z' = filter(z, o, a), constant to gradients.
+
+    The largest entries are read of standardised one-hots too: there 1 is above 0 and 0 is not.
+    """
+
+    filter: Filter
+    num_obs: int = eqx.field(static=True)
+    num_actions: int = eqx.field(static=True)
+
+    def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Float[Array, " n"]:
+        return lax.stop_gradient(self.filter)(z, *self._read(obs))
+
+    def unroll(
+        self,
+        obs: Array,
+        z: Float[Array, " n"],
+        first: Bool[Array, " L"],
+        z0: Float[Array, " n"],
+    ) -> Float[Array, "L n"]:
+        o, action, opens = jax.vmap(self._read)(obs)
+        return lax.stop_gradient(self.filter).unroll(z, o, action, first | opens)
+
+    def _read(
+        self, obs: Float[Array, " o"]
+    ) -> tuple[Int[Array, ""], Int[Array, ""], Bool[Array, ""]]:
+        """The observation, the action before it, and whether there was none."""
+        if obs.size != self.num_obs + self.num_actions:
+            raise ValueError(
+                f"a filter reads {self.num_obs} entries of the observation and {self.num_actions} "
+                f"of the action before it, not {obs.size}: observe all, with the previous action"
+            )
+        o, action = obs[: self.num_obs], obs[self.num_obs :]
+        return jnp.argmax(o), jnp.argmax(action), action.max() <= 0
+
+
+class Feature(eqx.Module):
+    """softmax(z / temperature), or z itself without one."""
+
+    temperature: float | None = eqx.field(static=True)
+
+    def __call__(self, z: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+        return z if self.temperature is None else jax.nn.softmax(z / self.temperature)
+
+
+class FeatureHead(eqx.Module):
+    """A head that sees a feature of z' in place of z'."""
+
+    head: Head
+    feature: Feature
+
+    def __call__(self, obs: Array, z_next: Float[Array, " n"]) -> Law:
+        return self.head(obs, self.feature(z_next))
+
+
+def filter_cell(
+    pomdp: POMDP, feature: str, *, decay: float = 0.1
+) -> tuple[FilterCell, Float[Array, " S"], Feature]:
+    """(location, z0, what head and critic are to see of z), for a world that is known.
+
+    | feature | z | seen |
+    | --- | --- | --- |
+    | belief | the belief, by the forward filter | z |
+    | lof, lof-softmax | LOF with the deterministic part of T(a) | z; softmax(z) |
+    | alf, alf-softmax, alf-belief | ALF with `decay` δ | z; softmax(z); softmax(z / δ) |
+
+    LOF's logits are not centred, so that "lof" is what a network would see of raw ones; all are
+    exact where T(a) are permutations. Raises ValueError for another feature, or where
+    `deterministic_part` or `leaky_filter` does.
+    """
+    if feature not in FEATURES:
+        raise ValueError(f"unknown feature {feature!r}; choose from {', '.join(FEATURES)}")
+    model = hmm(pomdp)
+    kind, _, seen = feature.partition("-")
+    rule: Filter
+    if kind == "belief":
+        rule = forward_filter(model)
+    elif kind == "lof":
+        rule = exact_filter(deterministic_part(model), centred=bool(seen))
+    else:
+        rule = leaky_filter(model, decay=decay)
+    temperature = {"": None, "softmax": 1.0, "belief": decay}[seen]
+    return FilterCell(rule, pomdp.num_obs, pomdp.num_actions), rule.init, Feature(temperature)

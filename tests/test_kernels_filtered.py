@@ -1,0 +1,127 @@
+"""Filters as memory, in rollouts of RingWorld."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from conftest import jitter
+
+from spg import envs
+from spg.envs.hidden_markov import ringworld, swap_hmm
+from spg.filters import forward_filter
+from spg.hidden_markov import hmm
+from spg.kernels.cells import Computed
+from spg.kernels.filtered import FEATURES, FeatureHead, filter_cell
+from spg.kernels.heads import CategoricalHead
+from spg.kernels.kernel import Kernel
+from spg.kernels.networks import Normalizer
+from spg.rollout import reset, rollout
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+NUM_STEPS = 130  # more than an episode
+
+
+def play(feature, epsilon):
+    """A kernel with this memory, its rollout in RingWorld, and what the head saw."""
+    env, params = envs.make("ringworld-pomdp", previous_action=True, epsilon=epsilon)
+    location, z0, seen = filter_cell(env.inner.pomdp, feature, decay=0.2)
+    head = FeatureHead(jitter(CategoricalHead([8 + 12, 4], key=jr.key(0)), jr.key(1)), seen)
+    kernel = Kernel(Computed(location), head, Normalizer(8), z0)
+
+    @eqx.filter_jit
+    def run(kernel):
+        carry = reset(kernel, env, params, key=jr.key(2))
+        traj = rollout(kernel, env, params, carry, num_steps=NUM_STEPS, key=jr.key(3))[1]
+        return traj, seen(traj.z_next)
+
+    return kernel, *run(kernel)
+
+
+@eqx.filter_jit
+def replay(kernel, traj):
+    """z' of a replayed segment."""
+    obs = jax.vmap(kernel.normalizer)(traj.obs)
+    return kernel.cell.replay(obs, traj.z, traj.z_next, traj.first, kernel.z0)[1]
+
+
+def true_belief(traj, epsilon):
+    rule = forward_filter(hmm(ringworld(epsilon=epsilon).pomdp))
+    o, a = traj.obs[:, :4].argmax(1), traj.obs[:, 4:].argmax(1)
+    return eqx.filter_jit(rule.unroll)(rule.init, o, a, traj.first)
+
+
+PLAYED = ("belief", "lof", "lof-softmax", "alf")
+
+
+@pytest.fixture(scope="module")
+def played(float64):
+    return {feature: play(feature, 0.05) for feature in PLAYED}
+
+
+@pytest.mark.parametrize("feature", PLAYED)
+def test_replay_of_a_segment_is_the_rollout(feature, played):
+    """Over the end of an episode, from the start and from a state in the middle of one."""
+    kernel, traj, _ = played[feature]
+    assert np.flatnonzero(traj.first).tolist() == [0, 100]
+    for start in (0, 7):
+        segment = jax.tree.map(lambda x: x[start:][: NUM_STEPS - 7], traj)  # noqa: B023
+        z = replay(kernel, segment)
+        np.testing.assert_allclose(z, segment.z_next, rtol=1e-9, atol=1e-9)
+
+
+def test_belief_is_that_of_the_model(played):
+    _, traj, seen = played["belief"]
+    np.testing.assert_allclose(seen, true_belief(traj, 0.05), rtol=0, atol=1e-10)
+
+
+def test_log_domain_feature_of_permutations_is_the_belief(played):
+    """Where nothing slips; where something does it is not."""
+    _, traj, seen = play("lof-softmax", 0.0)
+    np.testing.assert_allclose(seen, true_belief(traj, 0.0), rtol=0, atol=1e-10)
+    _, traj, seen = played["lof-softmax"]
+    assert jnp.abs(seen - true_belief(traj, 0.05)).max() > 0.1
+
+
+def test_what_the_head_sees(played):
+    """Raw logits fall without bound, leaky ones do not, and the others are laws."""
+    assert played["lof"][2][99].max() < -50
+    alf = played["alf"][2]
+    assert jnp.abs(alf).max() < 5
+    features = {name: filter_cell(ringworld().pomdp, name, decay=0.2)[2] for name in FEATURES}
+    laws = {name: features[name](alf) for name in ("alf-softmax", "alf-belief")}
+    for law in (*laws.values(), played["belief"][2], played["lof-softmax"][2]):
+        np.testing.assert_allclose(law.sum(1), 1, rtol=1e-10)
+    np.testing.assert_allclose(laws["alf-belief"], jax.nn.softmax(alf / 0.2), rtol=1e-10)
+    np.testing.assert_allclose(laws["alf-softmax"], jax.nn.softmax(alf), rtol=1e-10)
+    assert features["belief"](alf) is features["alf"](alf) is features["lof"](alf) is alf
+
+
+@pytest.mark.parametrize("feature", ["lof-softmax", "alf"])
+def test_standardised_observations_are_read_the_same(feature, played):
+    kernel, traj, _ = played[feature]
+    other = eqx.tree_at(lambda k: k.normalizer, kernel, kernel.normalizer.update(traj.obs))
+    assert not jnp.allclose(jax.vmap(other.normalizer)(traj.obs), traj.obs)
+    np.testing.assert_allclose(replay(other, traj), replay(kernel, traj), rtol=1e-10)
+
+
+def test_filters_have_no_gradient(played):
+    kernel, traj, _ = played["alf"]
+    gradient = eqx.filter_jit(eqx.filter_grad(lambda k: k.replay(traj).log_prob.sum()))(kernel)
+    assert all((x == 0).all() for x in jax.tree.leaves(gradient.cell))
+    assert any((x != 0).any() for x in jax.tree.leaves(gradient.head))
+
+
+def test_unknown_features_are_refused():
+    with pytest.raises(ValueError, match="unknown feature 'lof-raw'; choose from belief, lof"):
+        filter_cell(swap_hmm(0.1).pomdp, "lof-raw")
+    with pytest.raises(ValueError, match="decay is 2"):
+        filter_cell(swap_hmm(0.1).pomdp, "alf", decay=2.0)
+
+
+def test_observations_without_the_previous_action_are_refused():
+    location, z0, _ = filter_cell(swap_hmm(0.1, controlled=True).pomdp, "alf")
+    with pytest.raises(ValueError, match="2 entries of the observation and 2 of the action"):
+        location(jnp.array([1.0, 0.0]), z0)
