@@ -30,7 +30,7 @@ from spg import cli, kstep, plotting, records
 from spg.estimators import gpomdp
 from spg.estimators import kstep as sampled
 from spg.kernels.held import certain_logits, held_kernel
-from spg.models import POMDP, Problem, dense
+from spg.models import POMDP, Problem, SparsePOMDP, dense
 from spg.rollout import reset, rollout
 
 
@@ -220,15 +220,17 @@ def ascend(config: Config, world: World, key: PRNGKeyArray, k: Array) -> Float[A
 
 
 def program(config: Config, world: World) -> Callable[[Array, Array], Float[Array, "K R T"]]:
-    """Gaps of every k and run, from the keys of the runs and the list of k."""
+    """Gaps of every k and run, from the keys of the runs and the list of k, vmapped over both."""
 
     def one(pomdp, env_params, key, k):
         return ascend(config, world._replace(pomdp=pomdp, env_params=env_params), key, k)
 
     axis = 0 if config.problem == "aggregated" else None  # worlds of their own
     over_runs = jax.vmap(one, (axis, axis, 0, None))
-    over_k = jax.vmap(over_runs, (None, None, None, 0))
-    return jax.jit(lambda keys, ks: over_k(world.pomdp, world.env_params, keys, ks))
+    of_keys = partial(over_runs, world.pomdp, world.env_params)
+    if isinstance(world.pomdp, SparsePOMDP):  # large: a loop over k does not wait for the largest
+        return jax.jit(lambda keys, ks: lax.map(partial(of_keys, keys), ks))
+    return jax.jit(jax.vmap(of_keys, (None, 0)))
 
 
 def bounds(config: Config, world: World) -> Float[np.ndarray, "K T"]:
