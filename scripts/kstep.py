@@ -189,6 +189,7 @@ def update(
     config: Config, world: World, k: Array, state: tuple[PyTree, PyTree], key: PRNGKeyArray
 ) -> tuple[tuple[PyTree, PyTree], Float[Array, ""]]:
     """One step of the ascent, and J before it."""
+    params: Any
     params, opt_state = state
     weights, pull = jax.vjp(partial(law, config, world), params)
     solution = kstep.solve(world.pomdp, world.joint, weights, k=k, gamma=world.gamma)

@@ -1,9 +1,10 @@
 """The command line of the scripts: shared options, and errors in one line."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -181,6 +182,17 @@ def main(
     except KeyboardInterrupt:
         print(f"interrupted; the same command with {again}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def train(make: Callable[[C], training.Algorithm], config: C, out: Path) -> dict[str, Any]:
+    """The summary of a run; of the same configuration, if its directory is there already."""
+    config = replace(config, out=str(out), resume=(out / "config.json").exists())
+    algorithm = make(config)
+    records.open_run(config, algorithm.name)
+    if (out / "summary.json").exists():
+        return json.loads((out / "summary.json").read_text())
+    print(f"{algorithm.title}, {out.name}", file=sys.stderr)
+    return training.run(config, algorithm, out)
 
 
 def use_cores(num_seeds: int) -> None:

@@ -105,17 +105,17 @@ def solve(
     choice = jnp.einsum("sm,nsma->san", emission, every)  # Pr(a | s) of each policy
     reward = jnp.einsum("san,sa->sn", choice, pomdp.mean_reward())
 
-    def hold(reward, x):  # R_D^k + γ^k P_D^k x
+    def hold(reward, v):  # R_D^k + γ^k P_D^k v
         step = lambda _, x: reward + gamma * jnp.einsum("san,san->sn", choice, pomdp.expect(x))
-        return lax.fori_loop(0, k, step, x)
+        last = jnp.einsum("san,sa->sn", choice, pomdp.expect(v[:, None])[..., 0])
+        return lax.fori_loop(1, k, step, reward + gamma * last)
 
     def release(x):  # γ^k x P_D^k
         return lax.fori_loop(0, k, lambda _, x: gamma * pomdp.push(choice * x[:, None]), x)
 
-    spread = lambda v: jnp.broadcast_to(v[:, None], reward.shape)
-    ahead = lambda v: v - hold(jnp.zeros_like(reward), spread(v)) @ weights
+    ahead = lambda v: v - hold(jnp.zeros_like(reward), v) @ weights
     behind = lambda d: d - release(d[:, None] * weights).sum(1)
-    window_reward = hold(reward, jnp.zeros_like(reward)) @ weights
+    window_reward = hold(reward, jnp.zeros_like(pomdp.start)) @ weights
     fresh = 1 - gamma**k
     start = fresh * pomdp.start
     if isinstance(pomdp, TabularPOMDP):
@@ -125,7 +125,7 @@ def solve(
     else:
         value = _krylov(ahead, window_reward)
         window_law = _krylov(behind, start)
-    q_value = hold(reward, spread(value))
+    q_value = hold(reward, value)
     residuals = (
         _relative(q_value @ weights - value, value), _relative(behind(window_law) - start, start)
     )  # fmt: skip

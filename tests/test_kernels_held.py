@@ -1,10 +1,11 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 
-from spg import reset, rollout
+from spg import PolicyConfig, envs, make_kernel, reset, rollout
 from spg.envs import Tabular, traps
 from spg.kernels.held import held_kernel
 
@@ -104,3 +105,59 @@ def test_the_noise_free_policy_takes_the_likeliest(recorded):
 def test_bad_input_is_refused_with_its_value(change, message):
     with pytest.raises(ValueError, match=message):
         held_kernel(jnp.zeros((1, 2, 2)), **{"k": 2} | change)
+
+
+def seeded(slots=None, **config):
+    env = envs.make("matching-pomdp" if slots else "chain-pomdp", max_steps_in_episode=10)
+    policy = PolicyConfig(memory="kstep", k=K, z_size=3, hidden=(4,), **config)
+    return make_kernel(policy, *env, key=jr.key(0)), env
+
+
+@pytest.mark.parametrize("slots", [False, True])
+def test_seeds_are_held_for_a_window_and_scored_once(slots):
+    kernel, env = seeded(slots)
+    kernel = eqx.tree_at(lambda k: k.cell.logits, kernel, jnp.array([0.0, 1.0, -1.0]))
+
+    @jax.jit
+    def run(key):
+        carry = reset(kernel, *env, key=key)
+        traj = rollout(kernel, *env, carry, num_steps=40, key=key)[1]
+        return traj, kernel.replay(traj)
+
+    traj, replay = jax.tree.map(np.asarray, jax.vmap(run)(jr.split(jr.key(1), 200)))
+    seed = traj.z_next[..., 1:].argmax(-1)
+    assert (traj.z_next[..., 1:].sum(-1) == 1).all()
+    since = np.arange(40) % 10 % K
+    opens = since == 0
+    assert (seed[:, 1:] == seed[:, :-1])[:, ~opens[1:]].all()
+    assert np.allclose(traj.z[..., 0], since / K)
+    log_w = jax.nn.log_softmax(kernel.cell.logits)
+    assert np.allclose(replay.log_prob_z, np.where(opens, np.asarray(log_w)[seed], 0))
+    share = np.bincount(seed[:, opens].ravel(), minlength=3) / seed[:, opens].size
+    assert np.allclose(share, np.exp(log_w), atol=0.03)
+
+
+def test_actions_depend_on_the_seed_and_not_on_the_phase():
+    kernel, env = seeded()
+    obs, _ = env[0].reset(jr.key(0), env[1])
+    logits = lambda phase, seed: kernel.head(obs, jnp.append(phase, jnp.eye(3)[seed])).logits
+    assert np.allclose(logits(0.0, 1), logits(0.5, 1))
+    assert np.abs(logits(0.0, 1) - logits(0.0, 2)).max() > 0.1
+
+
+def test_agents_of_a_team_act_on_what_each_sees():
+    """Given the seed they are independent, and the second ignores what the first one sees."""
+    kernel, _ = seeded(slots=True)
+    z = jnp.array([0.0, 1.0, 0.0, 0.0])
+    view = lambda i, j: jnp.eye(6)[i] + jnp.eye(6)[3 + j]
+    joint = lambda obs: np.exp(jax.nn.log_softmax(kernel.head(obs, z).logits)).reshape(3, 3)
+    here, there = joint(view(0, 1)), joint(view(2, 1))
+    assert np.allclose(here, np.outer(here.sum(1), here.sum(0)))
+    assert np.allclose(here.sum(0), there.sum(0))
+    assert np.abs(here.sum(1) - there.sum(1)).max() > 1e-3
+
+
+def test_memory_that_agents_would_share_is_refused():
+    env = envs.make("matching-pomdp")
+    with pytest.raises(ValueError, match="the 2 agents would share what they see by --memory s2pg"):
+        make_kernel(PolicyConfig(memory="s2pg"), *env, key=jr.key(0))

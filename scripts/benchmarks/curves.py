@@ -7,7 +7,6 @@ complete is not run again, one that was cut short is resumed.
 """
 
 import csv
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ppo
 import tyro
 
-from spg import cli, plotting, records, training
+from spg import cli, plotting, records
 
 Task = Literal[
     "cartpole", "memorychain", "tmaze10", "tmaze50", "recall10", "recall50",
@@ -90,17 +89,6 @@ def task(name: Task) -> tuple[ppo.Config, list[str]]:
     }[name.rstrip("0123456789")]
 
 
-def train(config: ppo.Config, out: Path) -> dict[str, Any]:
-    """The summary of a run; of the same configuration, if its directory is there already."""
-    config = replace(config, out=str(out), resume=(out / "config.json").exists())
-    algorithm = ppo.make(config)
-    records.open_run(config, algorithm.name)
-    if (out / "summary.json").exists():
-        return json.loads((out / "summary.json").read_text())
-    print(f"{config.env}, {out.name}", file=sys.stderr)
-    return training.run(config, algorithm, out)
-
-
 def main(config: Config) -> None:
     shared, names = task(config.task)
     unknown = [m for m in config.methods if m not in METHODS]
@@ -111,7 +99,7 @@ def main(config: Config) -> None:
     rows, curves = [], []
     for name in config.methods or names:
         directory = out / name.replace(" ", "-")
-        summary = train(replace(shared, **METHODS[name]), directory)
+        summary = cli.train(ppo.make, replace(shared, **METHODS[name]), directory)
         curves.append(records.read_curve(directory, name))
         low, high = summary["final_return_ci95"]
         rows.append(

@@ -164,29 +164,29 @@ class SeedLaw(eqx.Module):
     """Law of z' = (phase, one-hot seed): a new seed where a window opens, else the held one."""
 
     logits: Float[Array, " n"]
-    z: Float[Array, " n+1"]
+    z: Float[Array, " m"]
     k: int = eqx.field(static=True)
 
-    def sample(self, *, key: PRNGKeyArray) -> Float[Array, " n+1"]:
+    def sample(self, *, key: PRNGKeyArray) -> Float[Array, " m"]:
         return self._hold(jr.categorical(key, self.logits))
 
-    def mode(self) -> Float[Array, " n+1"]:
+    def mode(self) -> Float[Array, " m"]:
         return self._hold(jnp.argmax(self.logits))
 
-    def log_prob(self, x: Float[Array, " n+1"]) -> Float[Array, ""]:
+    def log_prob(self, x: Float[Array, " m"]) -> Float[Array, ""]:
         """log w_c where a window opens, else 0."""
         return self._opens() * jnp.vdot(x[1:], jax.nn.log_softmax(self.logits))
 
     def entropy(self) -> Float[Array, ""]:
         return self._opens() * Categorical(self.logits).entropy()
 
-    def replay(self, x: Float[Array, " n+1"]) -> Float[Array, " n+1"]:
+    def replay(self, x: Float[Array, " m"]) -> Float[Array, " m"]:
         return x
 
     def _opens(self) -> Bool[Array, ""]:
         return self.z[0] < 0.5 / self.k
 
-    def _hold(self, drawn: Int[Array, ""]) -> Float[Array, " n+1"]:
+    def _hold(self, drawn: Int[Array, ""]) -> Float[Array, " m"]:
         fresh = jax.nn.one_hot(drawn, len(self.logits), dtype=self.z.dtype)
         seed = jnp.where(self._opens(), fresh, self.z[1:])
         steps = jnp.round(self.z[0] * self.k) + 1
@@ -203,12 +203,12 @@ class Seed(eqx.Module):
     logits: Float[Array, " n"]
     k: int = eqx.field(static=True)
 
-    def __call__(self, obs: Array, z: Float[Array, " n+1"]) -> SeedLaw:
+    def __call__(self, obs: Array, z: Float[Array, " m"]) -> SeedLaw:
         return SeedLaw(self.logits, z, self.k)
 
     def replay(
         self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
-    ) -> tuple[Float[Array, " L"], Float[Array, "L n+1"]]:
+    ) -> tuple[Float[Array, " L"], Float[Array, "L m"]]:
         return jax.vmap(lambda o, z, z_next: self(o, z).log_prob(z_next))(obs, z, z_next), z_next
 
 
@@ -217,5 +217,5 @@ class SeedHead(eqx.Module):
 
     head: Head
 
-    def __call__(self, obs: Array, z_next: Float[Array, " n+1"]) -> Law:
+    def __call__(self, obs: Array, z_next: Float[Array, " m"]) -> Law:
         return self.head(obs, z_next[1:])
