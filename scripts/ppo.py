@@ -184,6 +184,7 @@ def make(config: Config) -> training.Algorithm:
             f"{config.num_envs} x {config.num_steps} steps"
         )
     env = cli.make_env(config, oracle=config.memory == "oracle")
+    jax.eval_shape(lambda key: make_kernel(config, *env, key=key), jr.key(0))  # refuses early
     seen = cli.describe(config, oracle=config.memory == "oracle")
     return training.Algorithm(
         name="ppo",

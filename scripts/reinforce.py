@@ -116,6 +116,7 @@ def make(config: Config) -> training.Algorithm:
             f"total_steps {config.total_steps} is less than one update of {config.num_envs} "
             f"episodes of {horizon(config, env)} steps"
         )
+    jax.eval_shape(lambda key: make_kernel(config, *env, key=key), jr.key(0))  # refuses early
     seen = cli.describe(config, oracle=config.memory == "oracle")
     return training.Algorithm(
         name="reinforce",
