@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Int, Num, PRNGKeyArray, PyTree
 
 Method = Literal["auto", "sequential", "associative", "chunked"]
@@ -34,8 +35,8 @@ def linear_scan(
         auto         sequential on a CPU, elsewhere associative
 
     (For dense A_t the work of the latter two is n times as much.) On a CPU XLA compiles the loop
-    to one kernel, which beat the others at every size that `scripts/benchmarks/scans.py` tries;
-    on accelerators the choice is by depth, and has not been measured.
+    to one kernel, the fastest at the sizes of `scripts/benchmarks/scans.py`; on accelerators
+    the choice is by depth, and has not been measured.
 
     A scan is the solution of (I - A S) x = b, S the shift by a step, and derivatives are those of
     a linear solve: backward one scan with Aᵀ against time, g_t = x̄_t + A_{t+1}ᵀ g_{t+1}, after
@@ -122,7 +123,7 @@ def _sequential(decay: Array, u: Array, init: Array, reverse: bool) -> Array:
         x = _apply(inputs[0], x) + inputs[1]
         return x, x
 
-    return lax.scan(step, init, (decay, u), reverse=reverse)[1]
+    return _loop(step, init, (decay, u), reverse)[1]
 
 
 def _sequential_adjoint(decay: Array, by_x: Array, reverse: bool) -> tuple[Array, Array]:
@@ -132,7 +133,58 @@ def _sequential_adjoint(decay: Array, by_x: Array, reverse: bool) -> tuple[Array
         g = inputs[1] + carried
         return _apply(inputs[0], g), g
 
-    return lax.scan(step, jnp.zeros_like(by_x[0]), (decay, by_x), reverse=not reverse)
+    return _loop(step, jnp.zeros_like(by_x[0]), (decay, by_x), not reverse)
+
+
+def _loop(
+    step: Callable, x: Array, inputs: tuple[Array, Array], reverse: bool
+) -> tuple[Array, Array]:
+    """`lax.scan`, but under `vmap` it leaves the time axis where it is.
+
+    `lax.scan` brings time to the front, a copy of each array, which on a CPU takes as long as the
+    recurrence; only where a step is a few numbers the strided ones are slower.
+    """
+    if x.size < 4:
+        return lax.scan(step, x, inputs, reverse=reverse)
+    num_steps = len(inputs[0])
+    take, put = _take(0), _put(0)
+
+    def body(i, state):
+        x, out = state
+        t = num_steps - 1 - i if reverse else i
+        x, y = step(x, tuple(take(a, t) for a in inputs))
+        return x, put(out, y, t)
+
+    return lax.fori_loop(0, num_steps, body, (x, jnp.zeros_like(inputs[1])))
+
+
+def _take(axis: int) -> Callable[[Array, Array], Array]:
+    """a[t] along `axis`. (By itself `vmap` would make a gather of it, and of `_put` a scatter.)"""
+
+    @custom_vmap
+    def take(a, t):
+        return lax.dynamic_index_in_dim(a, t, axis, False, allow_negative_indices=False)
+
+    take.def_vmap(lambda size, batched, a, t: (_take(axis + 1)(a, t), True))
+    return take
+
+
+def _put(axis: int) -> Callable[[Array, Array, Array], Array]:
+    """a with a[t] = x along `axis`."""
+
+    @custom_vmap
+    def put(a, x, t):
+        return lax.dynamic_update_index_in_dim(a, x, t, axis, allow_negative_indices=False)
+
+    @put.def_vmap
+    def rule(size, batched, a, x, t):
+        a, x = (
+            v if b else jnp.broadcast_to(v, (size, *v.shape))
+            for v, b in zip((a, x), batched[:2], strict=True)
+        )
+        return _put(axis + 1)(a, x, t), True
+
+    return put
 
 
 def _associative(decay: Array, u: Array, init: Array, reverse: bool) -> Array:

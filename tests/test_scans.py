@@ -16,6 +16,7 @@ from spg.scans import linear_scan, shuffle, split_segments
 pytestmark = pytest.mark.usefixtures("float64")
 
 FORMS = ["scalar", "diagonal", "dense"]
+SIZES = {"scalar": 2, "diagonal": 4, "dense": 4}  # a step of few numbers is looped over otherwise
 METHODS = ["sequential", "associative", "chunked"]
 
 
@@ -55,8 +56,9 @@ def solve(decay, u, init, *, reverse=False, method="auto"):
 def test_linear_scan_solves_the_recurrence(
     form, reverse, method, dtype, num_steps, with_init, seed
 ):
-    decay, u, init = problem(form, num_steps, 2, seed, dtype)
-    truth = loop(decay, u, init if with_init else np.zeros(2), reverse)
+    size = SIZES[form]
+    decay, u, init = problem(form, num_steps, size, seed, dtype)
+    truth = loop(decay, u, init if with_init else np.zeros(size), reverse)
     x = solve(decay, u, init if with_init else None, reverse=reverse, method=method)
     assert np.allclose(x, truth, rtol=1e-10, atol=1e-10)
 
@@ -66,7 +68,7 @@ def test_linear_scan_solves_the_recurrence(
 @pytest.mark.parametrize("form", FORMS)
 def test_linear_scan_has_the_gradients_of_a_plain_loop(form, reverse, dtype):
     """Cotangents and tangents of decay, inputs and start, under `vmap`; in complex numbers too."""
-    batch = [problem(form, 5, 2, seed, dtype) for seed in range(3)]
+    batch = [problem(form, 5, SIZES[form], seed, dtype) for seed in range(3)]
     decay, u, init = (jnp.stack([jnp.asarray(x[i]) for x in batch]) for i in range(3))
     inputs, tangents = (decay, u, init), (jnp.cos(decay), jnp.sin(u), init**2)
 
@@ -100,7 +102,7 @@ def test_linear_scan_has_the_derivatives_of_finite_differences(method):
 
 
 def test_linear_scan_has_the_derivatives_by_any_of_its_inputs():
-    inputs = tuple(map(jnp.asarray, problem("diagonal", 4, 2, seed=0)))
+    inputs = tuple(map(jnp.asarray, problem("diagonal", 3, 4, seed=0)))
     subsets = [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]
 
     def derivatives(some):
@@ -120,7 +122,7 @@ def test_linear_scan_has_the_derivatives_by_any_of_its_inputs():
 
 
 def test_the_backward_pass_stores_the_decay_and_the_solution_alone():
-    decay, u, init = map(jnp.asarray, problem("diagonal", 512, 3, seed=0))
+    decay, u, init = map(jnp.asarray, problem("diagonal", 512, 4, seed=0))
     backward = lambda *inputs: jax.vjp(partial(linear_scan, method="sequential"), *inputs)[1]
     kept = jax.tree.leaves(jax.eval_shape(backward, decay, u, init))
     assert sum(x.size for x in kept) <= 2 * u.size + 2 * init.size
@@ -139,7 +141,7 @@ def test_linear_scan_promotes_integer_inputs(method):
 
 
 def test_linear_scan_agrees_with_itself_under_jit_and_vmap():
-    inputs = [problem("diagonal", 6, 3, seed) for seed in range(4)]
+    inputs = [problem("diagonal", 6, 4, seed) for seed in range(4)]
     decay, u, init = (jnp.stack([jnp.asarray(x[i]) for x in inputs]) for i in range(3))
     plain = jnp.stack([linear_scan(*x) for x in zip(decay, u, init, strict=True)])
     assert np.allclose(jax.jit(jax.vmap(linear_scan))(decay, u, init), plain, rtol=1e-14)
