@@ -35,8 +35,10 @@ def linear_scan(
         auto         sequential on a CPU, elsewhere associative
 
     (For dense A_t the work of the latter two is n times as much.) On a CPU XLA compiles the loop
-    to one kernel, the fastest at the sizes of `scripts/benchmarks/scans.py`; on accelerators
-    the choice is by depth, and has not been measured.
+    to one kernel: at the sizes of `scripts/benchmarks/scans.py` it takes 0.4 to 1.0 of the time of
+    the best of JAX's scans, and with its backward pass 0.3 to 0.9, but for a sequence of a few
+    hundred numbers, 10 microseconds, where it is up to 1.5. On accelerators the choice is by
+    depth, and has not been measured.
 
     A scan is the solution of (I - A S) x = b, S the shift by a step, and derivatives are those of
     a linear solve: backward one scan with Aᵀ against time, g_t = x̄_t + A_{t+1}ᵀ g_{t+1}, after
