@@ -36,9 +36,9 @@ def linear_scan(
 
     (For dense A_t the work of the latter two is n times as much.) On a CPU XLA compiles the loop
     to one kernel: at the sizes of `scripts/benchmarks/scans.py` it takes 0.4 to 1.0 of the time of
-    the best of JAX's scans, and with its backward pass 0.3 to 0.9, but for a sequence of a few
-    hundred numbers, 10 microseconds, where it is up to 1.5. On accelerators the choice is by
-    depth, and has not been measured.
+    the best of JAX's scans, and with its backward pass 0.3 to 1.0, but up to 1.5 for one sequence
+    of no more than 2048 numbers, which takes less than 20 microseconds. On accelerators the choice
+    is by depth, and has not been measured.
 
     A scan is the solution of (I - A S) x = b, S the shift by a step, and derivatives are those of
     a linear solve: backward one scan with Aᵀ against time, g_t = x̄_t + A_{t+1}ᵀ g_{t+1}, after
