@@ -78,11 +78,13 @@ def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
     kernel = make_kernel(config, *env, key=kernel_key)
     obs, _ = jax.eval_shape(env[0].reset, key, env[1])
     critic_size = critic_view(obs).shape[0]
-    critic = Critic(critic_size, kernel.z0.size, [*config.hidden], key=critic_key)
+    critic = Critic(
+        critic_size, kernel.z0.size, [*config.hidden], feature=kernel.feature, key=critic_key
+    )
     env_keys = jr.split(env_key, config.num_envs)
     carry = jax.vmap(lambda k: reset(kernel, *env, key=k))(env_keys)
     agent = Agent(kernel, critic)
-    return State(agent, optimiser(config).init(eqx.filter(agent, eqx.is_array)), carry, key)
+    return State(agent, optimiser(config).init(eqx.filter(agent, eqx.is_inexact_array)), carry, key)
 
 
 def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array]]:
@@ -147,7 +149,7 @@ def gradient_step(
         metrics |= {k: jnp.mean(v) for k, v in surrogate._asdict().items() if k != "objective"}
         return policy_loss + value_loss - config.entropy_coef * entropy, metrics
 
-    gradient, metrics = jax.grad(loss, has_aux=True)(agent)
+    gradient, metrics = eqx.filter_grad(loss, has_aux=True)(agent)
     updates, opt_state = optimiser(config).update(gradient, opt_state)
     agent = eqx.apply_updates(agent, updates)
     return (agent, opt_state), metrics | {"gradient_norm": optax.global_norm(gradient)}
@@ -184,6 +186,7 @@ def make(config: Config) -> training.Algorithm:
             f"{config.num_envs} x {config.num_steps} steps"
         )
     env = cli.make_env(config, oracle=config.memory == "oracle")
+    jax.eval_shape(lambda key: make_kernel(config, *env, key=key), jr.key(0))  # refuses early
     seen = cli.describe(config, oracle=config.memory == "oracle")
     return training.Algorithm(
         name="ppo",

@@ -69,7 +69,7 @@ def optimiser(config: Config, env: Env) -> optax.GradientTransformation:
 def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
     kernel_key, key = jr.split(key)
     kernel = make_kernel(config, *env, key=kernel_key)
-    return State(kernel, optimiser(config, env).init(eqx.filter(kernel, eqx.is_array)), key)
+    return State(kernel, optimiser(config, env).init(eqx.filter(kernel, eqx.is_inexact_array)), key)
 
 
 def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array]]:
@@ -116,6 +116,7 @@ def make(config: Config) -> training.Algorithm:
             f"total_steps {config.total_steps} is less than one update of {config.num_envs} "
             f"episodes of {horizon(config, env)} steps"
         )
+    jax.eval_shape(lambda key: make_kernel(config, *env, key=key), jr.key(0))  # refuses early
     seen = cli.describe(config, oracle=config.memory == "oracle")
     return training.Algorithm(
         name="reinforce",

@@ -7,13 +7,15 @@ from spg.distributions import Categorical, Delta, Normal, TanhNormal
 from spg.estimators.returns import gae, returns_to_go
 from spg.estimators.score import gpomdp, reinforce, score_estimate
 from spg.estimators.surrogate import Surrogate, ppo_surrogate
-from spg.kernels.cells import GRU, Computed, Empty, Linear, Noisy, Window
+from spg.kernels.cells import GRU, Computed, Empty, Noisy, Window
 from spg.kernels.critics import Critic
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.finite import expected_kernel, finite_kernel, random_controller
 from spg.kernels.heads import CategoricalHead, NormalHead
 from spg.kernels.kernel import Kernel
+from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear, LinearUnit
 from spg.kernels.networks import MLP, Normalizer
+from spg.kernels.stack import Stack
 from spg.models import Problem, SparsePOMDP, TabularPOMDP, dense, sparse
 from spg.rollout import Carry, Episodes, evaluate, evaluation, reset, rollout
 from spg.scans import linear_scan, split_segments
@@ -21,6 +23,7 @@ from spg.types import Observation, Replay, Transition
 
 __all__ = [
     "GRU",
+    "LRU",
     "MLP",
     "Carry",
     "Categorical",
@@ -30,8 +33,11 @@ __all__ = [
     "Delta",
     "Empty",
     "Episodes",
+    "Gated",
     "Kernel",
+    "LeakyFilter",
     "Linear",
+    "LinearUnit",
     "Noisy",
     "Normal",
     "NormalHead",
@@ -41,6 +47,7 @@ __all__ = [
     "Problem",
     "Replay",
     "SparsePOMDP",
+    "Stack",
     "Surrogate",
     "TabularPOMDP",
     "TanhNormal",

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from spg.hidden_markov import HMM, checked, deterministic_part
-from spg.scans import linear_scan
+from spg.scans import Method, linear_scan
 
 IMPOSSIBLE = -1e30  # log 0 whose sums stay finite, so that a reset does not make nan of 0 · log 0
 
@@ -92,7 +92,7 @@ class LinearFilter(eqx.Module):
     0 < δ < 1, evidence δ log E. (Π w)(s') = w(source[s']).
 
     With `centred` the largest logit is 0, for LOF, whose logits drift: softmax is blind to shifts.
-    `associative` unrolls in depth O(log T), see `linear_scan`.
+    `method` is that of `linear_scan`, and of the composition.
     """
 
     source: Int[Array, "A S"]
@@ -100,7 +100,7 @@ class LinearFilter(eqx.Module):
     keep: Float[Array, ""]  # 1 - δ
     init: Float[Array, " S"]
     centred: bool = eqx.field(static=True)
-    associative: bool = eqx.field(static=True, default=False)
+    method: Method = eqx.field(static=True, default="auto")
 
     def __call__(
         self, z: Float[Array, " S"], obs: Int[Array, ""], action: Int[Array, ""],
@@ -124,11 +124,11 @@ class LinearFilter(eqx.Module):
         _check_lengths(obs, action, first)
         target = jnp.argsort(self.source, -1)
         moves = jnp.where(first[:, None], jnp.arange(len(z), dtype=target.dtype), target[action])
-        place = _compose(moves, associative=self.associative)
+        place = _compose(moves, method=self.method)
         u = self.evidence[obs] + jnp.where(first[:, None], self.init, 0)
         u = jnp.take_along_axis(u, place, 1)
         keep = jnp.where(first, 0, self.keep)
-        solve = partial(linear_scan, init=z, associative=self.associative)
+        solve = partial(linear_scan, init=z, method=self.method)
         v = solve(keep, u)
         if self.centred:
             top = v.max(1)
@@ -148,7 +148,7 @@ def log_forward_filter(model: HMM) -> LogForwardFilter:
     return LogForwardFilter(*(_floats(_log(x)) for x in checked(model)))
 
 
-def exact_filter(model: HMM, *, centred: bool = True, associative: bool = False) -> LinearFilter:
+def exact_filter(model: HMM, *, centred: bool = True, method: Method = "auto") -> LinearFilter:
     """LOF. Raises ValueError, naming the column, unless every T(a) is a permutation."""
     model = checked(model)
     for a, matrix in enumerate(model.transition):
@@ -164,11 +164,11 @@ def exact_filter(model: HMM, *, centred: bool = True, associative: bool = False)
                     "leaky_filter is for nearly deterministic transitions"
                 )
     evidence, init = _log(model.emission), _log(model.start)
-    return _linear(model, evidence, 1.0, init, centred=centred, associative=associative)
+    return _linear(model, evidence, 1.0, init, centred=centred, method=method)
 
 
 def leaky_filter(
-    model: HMM, *, decay: float, least: float = 1e-6, associative: bool = False
+    model: HMM, *, decay: float, least: float = 1e-6, method: Method = "auto"
 ) -> LinearFilter:
     """ALF of δ = `decay`, with Π(a) of the nearly deterministic T(a): see `deterministic_part`.
 
@@ -179,21 +179,21 @@ def leaky_filter(
         raise ValueError(f"decay is {decay}; it has to be inside (0, 1)")
     model = deterministic_part(model)
     evidence, init = (decay * np.log(np.maximum(x, least)) for x in (model.emission, model.start))
-    return _linear(model, evidence, 1 - decay, init, centred=False, associative=associative)
+    return _linear(model, evidence, 1 - decay, init, centred=False, method=method)
 
 
 def _linear(
     permutations: HMM, evidence: np.ndarray, keep: float, init: np.ndarray, *, centred: bool,
-    associative: bool,
+    method: Method,
 ) -> LinearFilter:  # fmt: skip
     source = jnp.asarray(permutations.transition.argmax(2), jnp.int32)
     parts = _floats(evidence), _floats(np.asarray(keep)), _floats(init - init.max())
-    return LinearFilter(source, *parts, centred, associative)
+    return LinearFilter(source, *parts, centred, method)
 
 
-def _compose(moves: Int[Array, "T S"], *, associative: bool) -> Int[Array, "T S"]:
+def _compose(moves: Int[Array, "T S"], *, method: Method) -> Int[Array, "T S"]:
     """Where each state of before the sequence is after the moves s -> moves[t, s] up to t."""
-    if associative:
+    if method == "associative":
         return lax.associative_scan(lambda x, y: jnp.take_along_axis(y, x, -1), moves)
     step = lambda place, move: (move[place],) * 2
     return lax.scan(step, jnp.arange(moves.shape[1], dtype=moves.dtype), moves)[1]

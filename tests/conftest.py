@@ -17,10 +17,11 @@ import jax.random as jr  # noqa: E402
 import pytest  # noqa: E402
 from jax import lax  # noqa: E402
 
-from spg.kernels.cells import GRU, Computed, Empty, Linear, Noisy, Window  # noqa: E402
+from spg.kernels.cells import GRU, Computed, Empty, Noisy, Window  # noqa: E402
 from spg.kernels.finite import finite_kernel  # noqa: E402
 from spg.kernels.heads import CategoricalHead  # noqa: E402
 from spg.kernels.kernel import Kernel  # noqa: E402
+from spg.kernels.linear import Linear  # noqa: E402
 from spg.kernels.networks import Normalizer  # noqa: E402
 from spg.models import TabularPOMDP  # noqa: E402
 from spg.types import Transition  # noqa: E402
@@ -74,7 +75,7 @@ def _make_kernel(name, key, obs_size, num_actions, z_size, state_std):
     location = {
         "gru": lambda: GRU(obs_size, z_size, key=cell_key),
         "linear": lambda: Linear(obs_size, z_size, key=cell_key),
-        "associative": lambda: Linear(obs_size, z_size, associative=True, key=cell_key),
+        "associative": lambda: Linear(obs_size, z_size, method="associative", key=cell_key),
         "window": Window,
         "empty": Empty,
     }[name]()

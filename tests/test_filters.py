@@ -146,7 +146,7 @@ RULES = {
     "log-forward": log_forward_filter,
     "exact": exact_filter,
     "raw": lambda model: exact_filter(model, centred=False),
-    "associative": lambda model: exact_filter(model, associative=True),
+    "associative": lambda model: exact_filter(model, method="associative"),
     "leaky": lambda model: leaky_filter(model, decay=0.3),
 }
 

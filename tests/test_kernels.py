@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from conftest import assert_trees_close, jitter, make_kernel, make_trajectory
 
-from spg.kernels.cells import GRU, Computed, Empty, Linear, Noisy, Window
+from spg.kernels.cells import GRU, Computed, Empty, Noisy, Window
 from spg.kernels.critics import Critic
 from spg.kernels.finite import TableCell
 from spg.kernels.heads import NormalHead
 from spg.kernels.kernel import Kernel
+from spg.kernels.linear import Linear
 from spg.kernels.networks import MLP, Normalizer
 from spg.types import Observation
 
@@ -68,8 +69,8 @@ def test_a_segment_that_opens_inside_an_episode_carries_on_from_its_z(name, stat
 def test_associative_replay_equals_sequential_in_value_and_gradient():
     kernel = make_kernel("linear", jr.key(0), z_size=3)
     other = make_kernel("associative", jr.key(0), z_size=3)
-    assert not kernel.cell.location.associative
-    assert other.cell.location.associative
+    assert kernel.cell.location.method == "auto"
+    assert other.cell.location.method == "associative"
     traj = make_trajectory(kernel, jr.key(1), num_steps=7, starts=(0, 3, 4, 6))
     weight = jr.normal(jr.key(2), (7,))
     value = lambda kernel: jnp.vdot(weight, kernel.replay(traj).log_prob)

@@ -1,3 +1,6 @@
+import inspect
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -5,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
 from jax.test_util import check_grads
 
 from spg.scans import linear_scan, shuffle, split_segments
@@ -12,15 +16,22 @@ from spg.scans import linear_scan, shuffle, split_segments
 pytestmark = pytest.mark.usefixtures("float64")
 
 FORMS = ["scalar", "diagonal", "dense"]
+SIZES = {"scalar": 2, "diagonal": 4, "dense": 4}  # a step of few numbers is looped over otherwise
+METHODS = ["sequential", "associative", "chunked"]
 
 
-def problem(form, num_steps, size, seed):
+def problem(form, num_steps, size, seed, dtype=float):
     """decay, u, init, with about a third of the steps reset."""
     rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        x = rng.normal(size=(2, *shape))
+        return x[0] + 1j * x[1] if dtype is complex else x[0]
+
     shape = {"scalar": (), "diagonal": (size,), "dense": (size, size)}[form]
-    decay = rng.normal(size=(num_steps, *shape))
+    decay = normal(num_steps, *shape)
     decay[rng.random(num_steps) < 0.3] = 0
-    return decay, rng.normal(size=(num_steps, size)), rng.normal(size=size)
+    return decay, normal(num_steps, size), normal(size)
 
 
 def loop(decay, u, init, reverse):
@@ -31,50 +42,106 @@ def loop(decay, u, init, reverse):
     return out
 
 
-@pytest.mark.parametrize("associative", [False, True])
+@partial(jax.jit, static_argnames=("reverse", "method"))
+def solve(decay, u, init, *, reverse=False, method="auto"):
+    return linear_scan(decay, u, init, reverse=reverse, method=method)
+
+
+@pytest.mark.parametrize("dtype", [float, complex])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=6, deadline=None)
-@given(
-    num_steps=st.sampled_from([1, 2, 7]),
-    size=st.just(2),
-    with_init=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
+@given(num_steps=st.sampled_from([1, 2, 7]), with_init=st.booleans(), seed=st.integers(0, 2**16))
 def test_linear_scan_solves_the_recurrence(
-    form, reverse, associative, num_steps, size, with_init, seed
+    form, reverse, method, dtype, num_steps, with_init, seed
 ):
-    decay, u, init = problem(form, num_steps, size, seed)
+    size = SIZES[form]
+    decay, u, init = problem(form, num_steps, size, seed, dtype)
     truth = loop(decay, u, init if with_init else np.zeros(size), reverse)
-    given_init = jnp.asarray(init) if with_init else None
-    x = linear_scan(
-        jnp.asarray(decay), jnp.asarray(u), given_init, reverse=reverse, associative=associative
-    )
+    x = solve(decay, u, init if with_init else None, reverse=reverse, method=method)
     assert np.allclose(x, truth, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("associative", [False, True])
+@pytest.mark.parametrize("dtype", [float, complex])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_linear_scan_has_the_gradients_of_finite_differences(form, reverse, associative):
-    inputs = jax.tree.map(jnp.asarray, problem(form, 5, 2, seed=1))
+def test_linear_scan_has_the_gradients_of_a_plain_loop(form, reverse, dtype):
+    """Cotangents and tangents of decay, inputs and start, under `vmap`; in complex numbers too."""
+    batch = [problem(form, 5, SIZES[form], seed, dtype) for seed in range(3)]
+    decay, u, init = (jnp.stack([jnp.asarray(x[i]) for x in batch]) for i in range(3))
+    inputs, tangents = (decay, u, init), (jnp.cos(decay), jnp.sin(u), init**2)
 
-    def solve(*inputs):  # finite differences hand over numpy arrays
-        inputs = map(jnp.asarray, inputs)
-        return linear_scan(*inputs, reverse=reverse, associative=associative)
+    def plain(decay, u, init):
+        def step(x, inputs):
+            x = (inputs[0] @ x if form == "dense" else inputs[0] * x) + inputs[1]
+            return x, x
 
-    check_grads(solve, inputs, order=1, rtol=1e-6)
+        return lax.scan(step, init, (decay, u), reverse=reverse)[1]
+
+    def derivatives(function):
+        function = jax.vmap(function)
+        x, pull = jax.vjp(function, *inputs)
+        return x, pull(jnp.sin(u) + decay.mean()), jax.jvp(function, inputs, tangents)[1]
+
+    def compare():
+        solvers = [partial(linear_scan, reverse=reverse, method=method) for method in METHODS]
+        return [derivatives(function) for function in (plain, *solvers)]
+
+    truth, *found = jax.jit(compare)()
+    for each in found:
+        for a, b in zip(jax.tree.leaves(each), jax.tree.leaves(truth), strict=True):
+            assert np.allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("associative", [False, True])
-def test_linear_scan_promotes_integer_inputs(associative):
+@pytest.mark.parametrize("method", METHODS)
+def test_linear_scan_has_the_derivatives_of_finite_differences(method):
+    """To second order, through a decay that is shared by the entries of u."""
+    inputs = jax.tree.map(jnp.asarray, problem("scalar", 5, 2, seed=1))
+    check_grads(jax.jit(partial(solve, method=method)), inputs, order=2, rtol=1e-5)
+
+
+def test_linear_scan_has_the_derivatives_by_any_of_its_inputs():
+    inputs = tuple(map(jnp.asarray, problem("diagonal", 3, 4, seed=0)))
+    subsets = [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]
+
+    def derivatives(some):
+        def function(*chosen):
+            full = dict(enumerate(inputs)) | dict(zip(some, chosen, strict=True))
+            return linear_scan(*full.values())
+
+        chosen = [inputs[i] for i in some]
+        return jax.jacrev(function, range(len(some)))(*chosen), jax.jacfwd(
+            function, range(len(some))
+        )(*chosen)
+
+    whole, *found = jax.jit(lambda: [derivatives(some) for some in [(0, 1, 2), *subsets]])()
+    for some, (backward, forward) in zip(subsets, found, strict=True):
+        for i, *both in zip(some, backward, forward, strict=True):
+            assert all(np.allclose(x, whole[0][i], rtol=1e-12) for x in both)
+
+
+def test_the_backward_pass_stores_the_decay_and_the_solution_alone():
+    decay, u, init = map(jnp.asarray, problem("diagonal", 512, 4, seed=0))
+    backward = lambda *inputs: jax.vjp(partial(linear_scan, method="sequential"), *inputs)[1]
+    kept = jax.tree.leaves(jax.eval_shape(backward, decay, u, init))
+    assert sum(x.size for x in kept) <= 2 * u.size + 2 * init.size
+
+
+def test_mismatched_lengths_are_refused():
+    with pytest.raises(ValueError, match="2 steps of decay, 3 of u"):
+        inspect.unwrap(linear_scan)(jnp.ones(2), jnp.ones((3, 1)))  # without annotations
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_linear_scan_promotes_integer_inputs(method):
     decay, u, init = jnp.full(3, 0.5), jnp.array([2, 0, 1]), jnp.array(1)
-    x = linear_scan(decay, u, init, associative=associative)
+    x = linear_scan(decay, u, init, method=method)
     assert np.array_equal(x, [2.5, 1.25, 1.625])
 
 
 def test_linear_scan_agrees_with_itself_under_jit_and_vmap():
-    inputs = [problem("diagonal", 6, 3, seed) for seed in range(4)]
+    inputs = [problem("diagonal", 6, 4, seed) for seed in range(4)]
     decay, u, init = (jnp.stack([jnp.asarray(x[i]) for x in inputs]) for i in range(3))
     plain = jnp.stack([linear_scan(*x) for x in zip(decay, u, init, strict=True)])
     assert np.allclose(jax.jit(jax.vmap(linear_scan))(decay, u, init), plain, rtol=1e-14)

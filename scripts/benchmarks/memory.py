@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ppo
 
 from spg import cli, records
-from spg.kernels.cells import Linear
+from spg.kernels.linear import Linear
 from spg.rollout import rollout
 
 
@@ -127,7 +127,7 @@ def init(method: Method, env: ppo.Env, key: PRNGKeyArray) -> ppo.State:
     state = ppo.init(method.config, env, key)
     if not method.associative:
         return state
-    cell = Linear(state.carry.obs.shape[-1], method.config.z_size, associative=True, key=key)
+    cell = Linear(state.carry.obs.shape[-1], method.config.z_size, method="associative", key=key)
     agent = eqx.tree_at(lambda agent: agent.kernel.cell.location, state.agent, cell)
     return state._replace(agent=agent, opt_state=ppo.optimiser(method.config).init(agent))
 

@@ -1,8 +1,8 @@
 """Laws of the next internal state: where z' lies, and whether it is computed or drawn.
 
-A *location* maps (o, z) to a point: `GRU`, `Linear`, `Window`, `Empty`, or any module with
-`__call__(obs, z)` and `unroll(obs, z, first, z0)`. A *cell* puts a law on that point: `Computed`
-(BPTT, window, memoryless) or `Noisy` (S2PG).
+A *location* maps (o, z) to a point: `GRU`, `Window`, `Empty`, those of `linear.py` and `stack.py`,
+or any module with `__call__(obs, z)` and `unroll(obs, z, first, z0)`. A *cell* puts a law on that
+point: `Computed` (BPTT, window, memoryless) or `Noisy` (S2PG).
 """
 
 from typing import Protocol, runtime_checkable
@@ -10,12 +10,10 @@ from typing import Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from spg.distributions import Delta, Law, Normal
-from spg.scans import linear_scan
 
 
 @runtime_checkable
@@ -59,54 +57,6 @@ class GRU(eqx.Module):
         z0: Float[Array, " n"],
     ) -> Float[Array, "L n"]:
         return unroll(self, obs, z, first, z0)
-
-
-class Linear(eqx.Module):
-    """Diagonal linear recurrent unit z' = λ ⊙ z + √(1 - λ²) ⊙ (B o + c), 0 < λ < 1.
-
-    λ = exp(-exp(ν)), Orvieto et al. (2023), eq. 7, real; `associative` unrolls a segment by
-    `lax.associative_scan` in place of a loop: the same numbers, see `linear_scan`.
-    """
-
-    nu: Float[Array, " n"]
-    inputs: eqx.nn.Linear
-    associative: bool = eqx.field(static=True)
-
-    def __init__(
-        self,
-        obs_size: int,
-        z_size: int,
-        *,
-        associative: bool = False,
-        min_decay: float = 0.4,
-        max_decay: float = 0.99,
-        key: PRNGKeyArray,
-    ):
-        """λ starts log-uniform in its time constant -1/log λ between the two given decays."""
-        input_key, decay_key = jr.split(key)
-        low, high = jnp.log(-jnp.log(max_decay)), jnp.log(-jnp.log(min_decay))
-        self.nu = jr.uniform(decay_key, (z_size,), minval=low, maxval=high)
-        self.inputs = eqx.nn.Linear(obs_size, z_size, key=input_key)
-        self.associative = associative
-
-    @property
-    def decay(self) -> Float[Array, " n"]:
-        return jnp.exp(-jnp.exp(self.nu))
-
-    def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Float[Array, " n"]:
-        return self.decay * z + jnp.sqrt(1 - self.decay**2) * self.inputs(obs)
-
-    def unroll(
-        self,
-        obs: Array,
-        z: Float[Array, " n"],
-        first: Bool[Array, " L"],
-        z0: Float[Array, " n"],
-    ) -> Float[Array, "L n"]:
-        u = jax.vmap(self, (0, None))(obs, jnp.zeros_like(z))
-        decay = jnp.where(first[:, None], 0.0, self.decay)
-        u = jnp.where(first[:, None], u + self.decay * z0, u)
-        return linear_scan(decay, u, z, associative=self.associative)
 
 
 class Window(eqx.Module):

@@ -1,5 +1,7 @@
 """V(o, z): the value of what the critic observes together with the internal state."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
@@ -20,8 +22,18 @@ class Critic(eqx.Module):
     normalizer: Normalizer
     mean_square: Float[Array, ""]
     count: Float[Array, ""]
+    feature: Callable[[Array], Array] | None  # of z, which is seen in its place
 
-    def __init__(self, obs_size: int, z_size: int, hidden: list[int], *, key: PRNGKeyArray):
+    def __init__(
+        self,
+        obs_size: int,
+        z_size: int,
+        hidden: list[int],
+        *,
+        feature: Callable[[Array], Array] | None = None,
+        key: PRNGKeyArray,
+    ):
+        self.feature = feature
         self.mlp = MLP([obs_size + z_size, *hidden, 1], gain=1.0, key=key)
         self.normalizer = Normalizer(obs_size)
         self.mean_square = jnp.ones(())
@@ -33,6 +45,7 @@ class Critic(eqx.Module):
 
     def __call__(self, obs: PyTree, z: Float[Array, " n"]) -> Float[Array, ""]:
         obs = self.normalizer(critic_view(obs))
+        z = z if self.feature is None else self.feature(z)
         return self.scale * self.mlp(jnp.concatenate([obs, z]))[0]
 
     def rescale(self, returns: Float[Array, "*batch"]) -> "Critic":

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
-from spg.kernels.cells import GRU, Computed, Empty, Linear, Location, Noisy, Window
-from spg.kernels.heads import CategoricalHead, NormalHead, TeamHead
+from spg.kernels.cells import GRU, Cell, Computed, Empty, Location, Noisy, Window
+from spg.kernels.filtered import FeatureHead, filter_cell
+from spg.kernels.heads import CategoricalHead, Head, NormalHead, TeamHead
 from spg.kernels.held import Seed, SeedHead
 from spg.kernels.kernel import Kernel
-from spg.kernels.networks import Normalizer
+from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear
+from spg.kernels.networks import Identity, Normalizer
+from spg.kernels.stack import Stack
 from spg.scans import num_segments
 from spg.types import policy_view
 
@@ -21,15 +24,23 @@ from spg.types import policy_view
 class PolicyConfig:
     """The policy, as the scripts offer it."""
 
-    memory: Literal["s2pg", "bptt", "window", "kstep", "none", "oracle"] = "s2pg"
-    """law of z': drawn, computed, a window, a seed that is held for k steps; none and oracle have
-    no memory, the oracle sees all"""
-    cell: Literal["gru", "linear"] = "gru"
-    """where z' lies (s2pg, bptt)"""
+    memory: Literal["s2pg", "bptt", "window", "filter", "kstep", "none", "oracle"] = "s2pg"
+    """law of z': drawn, computed, a window, a filter of the known model, a seed that is held for k
+    steps; none and oracle have no memory, the oracle sees all"""
+    cell: Literal["gru", "linear", "lru", "gated", "leaky"] = "gru"
+    """where z' lies (s2pg, bptt); leaky takes one-hot observations with --previous-action"""
+    num_layers: int = 1
+    """of linear, lru or gated cells, one above the other (s2pg, bptt)"""
     z_size: int = 16
-    """size of the internal state (s2pg, bptt), number of seeds (kstep)"""
+    """size of the internal state, of all layers (s2pg, bptt), where a complex number takes two; the
+    number of seeds (kstep)"""
     k: int = 8
     """steps for which a seed is held (kstep)"""
+    filter: Literal["belief", "lof", "lof-softmax", "alf", "alf-softmax", "alf-belief"] = "belief"
+    """what the head sees (filter): the belief, logits of the log-domain or of the leaky filter, or
+    their softmax, at temperature 1 or (alf-belief) leak"""
+    leak: float = 0.1
+    """δ of the leaky filter (filter)"""
     state_std: float = 0.2
     """initial standard deviation of the noise on z' (s2pg); it is learned"""
     segment_length: int = 0
@@ -52,8 +63,13 @@ class PolicyConfig:
                 f"state_std is {self.state_std}; s2pg needs noise on z', 0.1 to 0.3 is usual; "
                 "--memory bptt is the policy without"
             )
-        if self.memory == "kstep" and self.k < 1:
+        if self.k < 1:
             raise ValueError(f"k is {self.k}; a window has at least 1 step")
+        if self.num_layers < 1 or (self.num_layers > 1 and self.cell in ("gru", "leaky")):
+            raise ValueError(
+                f"num_layers is {self.num_layers}; it has to be 1 for {self.cell}, "
+                "and at least 1 for linear, lru and gated"
+            )
         if self.action_std <= 0:
             raise ValueError(f"action_std is {self.action_std}; it has to be positive")
         return num_segments(num_steps, self.length(num_steps))
@@ -63,51 +79,85 @@ def make_kernel(config: PolicyConfig, env: Any, env_params: Any, *, key: PRNGKey
     """The kernel that `config` names, sized for a Gymnax environment.
 
     s2pg draws z' ~ N(cell(o, z), σ²), σ learned from state_std on; bptt computes z' = cell(o, z);
-    window keeps the last `window` observations; kstep draws one of `z_size` seeds for k steps
-    and starts with policies that differ between them; none and oracle have no memory (the oracle's
-    environment shows the full state). Where the environment has `slots`, as number matching has,
-    each agent acts on its own observation. Raises ValueError for an action space that is neither
-    Discrete nor a Box of one axis, and for a memory that agents would share.
-    """
-    from gymnax.environments import spaces  # here: importing gymnax starts JAX's backend
+    window keeps the last `window` observations; filter computes what is known of the state of a
+    finite world; kstep draws one of `z_size` seeds for k steps and starts with policies that differ
+    between them; none and oracle have no memory (the oracle's environment shows the full state).
+    Where the environment has `slots`, as number matching has, each agent acts on what it sees.
 
+    Raises ValueError for an action space that is neither Discrete nor a Box of one axis, for a
+    cell that cannot be made, and for a memory that agents would share.
+    """
     cell_key, head_key = jr.split(key)
     obs, _ = jax.eval_shape(env.reset, key, env_params)
     obs_size = policy_view(obs).shape[0]
-    z_size = {"s2pg": config.z_size, "bptt": config.z_size, "window": config.window * obs_size}
-    size = z_size.get(config.memory, 0)
-
-    location: Location
-    if config.memory in ("s2pg", "bptt"):
-        recurrent = {"gru": GRU, "linear": Linear}[config.cell]
-        location = recurrent(obs_size, size, key=cell_key)
+    z0 = jnp.zeros({"s2pg": config.z_size, "bptt": config.z_size}.get(config.memory, 0))
+    normalizer, feature = Normalizer(obs_size), None
+    cell: Cell
+    if config.memory == "filter":
+        location, z0, feature = _filter(config, env)
+        cell = Computed(location)
+    elif config.memory == "window":
+        cell, z0 = Computed(Window()), jnp.zeros(config.window * obs_size)
+    elif config.memory == "kstep":
+        cell, z0 = Seed(jnp.zeros(config.z_size), config.k), jnp.zeros(1 + config.z_size)
+    elif config.memory in ("s2pg", "bptt"):
+        location = _recurrent(config, env, obs_size, key=cell_key)
+        cell = Computed(location)
+        if config.memory == "s2pg":
+            cell = Noisy(location, jnp.full(config.z_size, jnp.log(config.state_std)))
+        if config.cell == "leaky":
+            normalizer = Identity()
     else:
-        location = Window() if config.memory == "window" else Empty()
-    cell = Computed(location)
-    if config.memory == "s2pg":
-        cell = Noisy(location, jnp.full(size, jnp.log(config.state_std)))
-    if config.memory == "kstep":
-        size, cell = config.z_size, Seed(jnp.zeros(config.z_size), config.k)
+        cell = Computed(Empty())
+    held = config.memory == "kstep"
+    head: Any = _head(config, env, env_params, obs_size + z0.size - held, key=head_key)
+    if held:
+        head = SeedHead(head)
+    if feature is not None:
+        head = FeatureHead(head, feature)
+    return Kernel(cell, head, normalizer, z0)
+
+
+def _filter(config: PolicyConfig, env: Any) -> Any:
+    pomdp = getattr(getattr(env, "inner", None), "pomdp", None)
+    if pomdp is None or not env.previous_action:
+        raise ValueError(
+            "--memory filter is for finite worlds, as ringworld-pomdp, with --previous-action"
+        )
+    with jax.ensure_compile_time_eval():  # the model is checked
+        return filter_cell(pomdp, config.filter, decay=config.leak)
+
+
+def _recurrent(config: PolicyConfig, env: Any, obs_size: int, *, key: PRNGKeyArray) -> Location:
+    if config.cell == "leaky":
+        if not env.previous_action:
+            raise ValueError("--cell leaky turns its state by the last action: --previous-action")
+        return LeakyFilter(obs_size, config.z_size, env.num_actions, key=key)
+    make = {"gru": GRU, "linear": Linear, "lru": LRU, "gated": Gated}[config.cell]
+    if config.num_layers == 1:
+        return make(obs_size, config.z_size, key=key)
+    return Stack(make, obs_size, config.z_size, config.num_layers, key=key)
+
+
+def _head(
+    config: PolicyConfig, env: Any, env_params: Any, input_size: int, *, key: PRNGKeyArray
+) -> Head:
+    from gymnax.environments import spaces  # here: importing gymnax starts JAX's backend
 
     space = env.action_space(env_params)
+    sizes = [input_size, *config.hidden]
+    gain = 2.0 if config.memory == "kstep" else 0.01  # seeds have to differ from the start
     slots = None if config.memory == "oracle" else getattr(env, "slots", None)
-    if slots is not None and size and config.memory != "kstep":
-        raise ValueError(
-            f"the {slots.shape[1]} agents would share what they see by --memory {config.memory}; "
-            "kstep shares a seed alone, none nothing, and the oracle is one agent"
-        )
-    sizes = [obs_size + size, *config.hidden]
-    gain = 2.0 if config.memory == "kstep" else 0.01
-    if isinstance(space, spaces.Discrete) and slots is not None:
+    if slots is not None:
+        if config.memory not in ("kstep", "none"):
+            raise ValueError(
+                f"the {slots.shape[1]} agents would share what they see by --memory "
+                f"{config.memory}; kstep shares a seed alone, none nothing; the oracle is one agent"
+            )
         num_actions = round(space.n ** (1 / slots.shape[1]))
-        head = TeamHead(slots, [*sizes, num_actions], gain=gain, key=head_key)
-    elif isinstance(space, spaces.Discrete):
-        head = CategoricalHead([*sizes, space.n], gain=gain, key=head_key)
-    elif isinstance(space, spaces.Box) and len(space.shape) == 1:
-        sizes = [*sizes, space.shape[0]]
-        head = NormalHead(sizes, std=config.action_std, gain=gain, key=head_key)
-    else:
-        raise ValueError(f"action space {space} is neither Discrete nor a Box of one axis")
-    if config.memory == "kstep":
-        size, head = size + 1, SeedHead(head)
-    return Kernel(cell, head, Normalizer(obs_size), jnp.zeros(size))
+        return TeamHead(slots, [*sizes, num_actions], gain=gain, key=key)
+    if isinstance(space, spaces.Discrete):
+        return CategoricalHead([*sizes, space.n], gain=gain, key=key)
+    if isinstance(space, spaces.Box) and len(space.shape) == 1:
+        return NormalHead([*sizes, space.shape[0]], std=config.action_std, gain=gain, key=key)
+    raise ValueError(f"action space {space} is neither Discrete nor a Box of one axis")

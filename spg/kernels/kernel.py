@@ -1,5 +1,7 @@
 """The one policy: π(a, z' | o, z) = ω(z' | o, z) μ(a | o, z')."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,11 @@ class Kernel(eqx.Module):
     head: Head
     normalizer: Normalizer | Identity
     z0: Array
+
+    @property
+    def feature(self) -> Callable[[Array], Array] | None:
+        """What the head sees of z', and a critic may see of z, where it is not all of it."""
+        return getattr(self.head, "feature", None)
 
     def reset(self, first: Bool[Array, ""], z: Array) -> Array:
         """The internal state to consume o with: `z0` where an episode opens."""

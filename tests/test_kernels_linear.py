@@ -1,0 +1,201 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from conftest import assert_trees_close, jitter
+
+from spg import envs
+from spg.kernels.cells import Computed, Noisy, unroll
+from spg.kernels.factory import PolicyConfig, make_kernel
+from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear
+from spg.kernels.networks import Identity, Normalizer
+from spg.kernels.stack import Stack
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+OBS, Z, STEPS = 5, 4, 7
+MAKE = {
+    "linear": Linear,
+    "lru": LRU,
+    "gated": Gated,
+    "leaky": lambda o, z, key: LeakyFilter(o, z, 2, key=key),
+    "stack": lambda o, z, key: Stack(LRU, o, z, 2, key=key),
+}
+sigmoid = lambda x: 1 / (1 + np.exp(-x))
+
+
+@eqx.filter_jit
+def make(name):
+    return jitter(MAKE[name](OBS, Z, key=jr.key(0)), jr.key(1), scale=0.2)
+
+
+def data():
+    obs, z, z0 = (jr.normal(jr.key(i), s) for i, s in enumerate([(STEPS, OBS), (Z,), (Z,)], 2))
+    return obs, z, jnp.array([False, False, True, True, False, False, True]), z0
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_segment_is_the_unit_step_by_step_in_value_and_gradient(name):
+    location, (obs, z, first, z0) = make(name), data()
+    weight = jnp.cos(jnp.arange(STEPS * Z)).reshape(STEPS, Z)
+
+    @eqx.filter_jit
+    def both(*inputs):
+        def value(inputs, run):
+            location, obs, z, z0 = inputs
+            out = run(location, obs, z, first, z0)
+            return jnp.vdot(weight, out), out
+
+        with_grad = eqx.filter_value_and_grad(value, has_aux=True)
+        by_scan = with_grad(inputs, lambda location, *rest: location.unroll(*rest))
+        return by_scan, with_grad(inputs, unroll)
+
+    by_scan, by_steps = both(location, obs, z, z0)
+    assert all(np.any(x) for x in jax.tree.leaves(by_steps))
+    assert_trees_close(by_scan, by_steps, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("state_std", [None, 0.3])
+def test_a_stack_with_or_without_noise_replays_what_it_drew(state_std):
+    location, (obs, z, first, z0) = make("stack"), data()
+    log_std = jnp.full(Z, jnp.log(state_std or 1.0))
+    cell = Noisy(location, log_std) if state_std else Computed(location)
+
+    @jax.jit
+    def draw(obs, z, key):
+        law = cell(obs, z)
+        z_next = law.sample(key=key)
+        return z_next, law.log_prob(z_next)
+
+    before, after, scores = [], [], []
+    for t in range(STEPS):
+        before += [z0 if first[t] else z]
+        z, score = draw(obs[t], before[-1], jr.key(t))
+        after, scores = [*after, z], [*scores, score]
+    log_prob, z_next = eqx.filter_jit(cell.replay)(
+        obs, jnp.stack(before), jnp.stack(after), first, z0
+    )
+    assert np.allclose(log_prob, scores, rtol=1e-10)
+    assert np.allclose(z_next, after, rtol=1e-10)
+
+
+def test_lru_is_its_recurrence_in_complex_numbers():
+    unit, (obs, z, _, _) = make("lru"), data()
+    decay = np.exp(-np.exp(unit.nu) + 1j * unit.theta)
+    weight, bias = (
+        x[:2] + 1j * x[2:] for x in map(np.asarray, (unit.inputs.weight, unit.inputs.bias))
+    )
+    truth = decay * (z[:2] + 1j * z[2:]) + np.exp(unit.gamma) * (weight @ obs[0] + bias)
+    assert np.allclose(unit(obs[0], z), [*truth.real, *truth.imag], rtol=1e-12)
+
+
+def test_lru_starts_in_its_ring_with_inputs_of_unit_variance():
+    unit = LRU(1, 400, min_decay=0.4, max_decay=0.99, max_phase=1.0, key=jr.key(0))
+    decay, _ = unit.affine(jnp.zeros(1))
+    assert 0.4 < np.abs(decay).min() < 0.5
+    assert 0.95 < np.abs(decay).max() < 0.99
+    assert 0 <= np.angle(decay).min() < 0.1 < 0.9 < np.angle(decay).max() < 1
+    assert np.allclose(np.abs(decay) ** 2 + np.exp(unit.gamma) ** 2, 1, rtol=1e-12)
+
+
+def test_gated_unit_is_that_of_griffin():
+    unit, (obs, z, _, _) = make("gated"), data()
+    r, i, x = np.split(np.asarray(unit.inputs.weight @ obs[0] + unit.inputs.bias), 3)
+    a = sigmoid(-np.asarray(unit.rate)) ** (8 * sigmoid(r))  # 1 - σ(Λ) = σ(-Λ)
+    truth = a * z + np.sqrt(1 - a**2) * sigmoid(i) * x
+    assert np.allclose(unit(obs[0], z), truth, rtol=1e-12)
+    half_open = np.exp(-4 * jax.nn.softplus(Gated(1, 50, key=jr.key(0)).rate))
+    assert 0.4 < half_open.min() < 0.6
+    assert 0.9 < half_open.max() < 0.99
+
+
+@pytest.mark.parametrize("name", ["linear", "lru", "gated"])
+def test_units_are_stable_whatever_their_parameters(name):
+    unit = jitter(make(name), jr.key(0), scale=5.0)
+    decay, u = jax.vmap(unit.affine)(data()[0])
+    assert (np.abs(decay) <= 1).all()
+    assert np.isfinite(u).all()
+
+
+def ring_filter(num_states, shifts, emission, leak):
+    """The unit with phases and basis by which it filters cyclic shifts."""
+    unit = LeakyFilter(emission.shape[0] + len(shifts), 2 * num_states, len(shifts), key=jr.key(0))
+    phases = -2 * np.pi * np.outer(shifts, np.arange(num_states)) / num_states
+    where = lambda u: (u.logits, u.phases, u.leak)
+    new = jnp.log(emission), jnp.asarray(phases), jnp.log(leak / (1 - leak))
+    return eqx.tree_at(where, unit, new)
+
+
+def read(unit, z):
+    """w = U⁻¹ z, where U is unitary."""
+    basis = np.asarray(unit.basis[0] + 1j * unit.basis[1])
+    size = len(basis)
+    return (basis.conj().T @ (z[..., :size] + 1j * z[..., size:]).T).T
+
+
+def test_a_leaky_filter_turned_by_cyclic_shifts_is_the_action_controlled_filter():
+    """w_k = (1 - δ) Π(a_k) w_{k-1} + δ log E'y_k, Zhao et al. (2026), eq. 65, with matrices."""
+    rng, leak, shifts = np.random.default_rng(0), 0.2, [1, -2]
+    emission = rng.dirichlet(np.ones(4), 5).T
+    unit = ring_filter(5, shifts, emission, leak)
+    y, a = rng.integers(4, size=STEPS), rng.integers(2, size=STEPS)
+    obs = jnp.asarray(np.concatenate([np.eye(4)[y], np.eye(2)[a]], 1))
+    z = unit.unroll(obs, jnp.zeros(10), jnp.zeros(STEPS, bool), jnp.zeros(10))
+    w, truth = np.zeros(5), []
+    for k in range(STEPS):
+        w = (1 - leak) * np.roll(w, shifts[a[k]]) + leak * np.log(emission[y[k]])
+        truth += [w]
+    assert np.allclose(read(unit, np.asarray(z)), truth, rtol=1e-10)
+
+
+def test_a_leaky_filter_of_the_swap_chain_has_the_golden_gaps():
+    unit = ring_filter(2, [1], np.array([[0.9, 0.1], [0.1, 0.9]]), 0.1)
+    y = np.eye(2)[[0, 1, 0, 0, 1]]
+    obs = jnp.asarray(np.concatenate([y, np.ones((5, 1))], 1))
+    w = read(unit, np.asarray(unit.unroll(obs, jnp.zeros(4), jnp.zeros(5, bool), jnp.zeros(4))))
+    gaps = [0.2197225, -0.4174727, 0.5954479, -0.3161806, 0.0648401]
+    assert np.allclose(w[:, 0] - w[:, 1], gaps, atol=1e-7)
+
+
+def test_a_layer_sees_the_gated_state_of_the_layer_below():
+    stack, (obs, z, _, _) = make("stack"), data()
+    low = stack.units[0](obs[0], z[:2])
+    norm, gate = stack.norms[0], stack.gates[0]
+    normed = norm.weight * (low - low.mean()) / np.sqrt(low.var() + norm.eps) + norm.bias
+    value, opening = np.split(np.asarray(gate.weight @ normed + gate.bias), 2)
+    x = stack.skips[0].weight @ obs[0] + value * sigmoid(opening)
+    assert np.allclose(stack(obs[0], z), [*low, *stack.units[1](x, z[2:])], rtol=1e-10)
+
+
+def test_sizes_that_cannot_be_are_refused():
+    for name in ("lru", "leaky"):
+        with pytest.raises(ValueError, match="z_size 3 is odd"):
+            MAKE[name](OBS, 3, key=jr.key(0))
+    with pytest.raises(ValueError, match="num_layers 3 does not divide z_size 4"):
+        Stack(Linear, OBS, 4, 3, key=jr.key(0))
+
+
+@pytest.mark.parametrize("cell", ["lru", "gated", "leaky"])
+def test_the_factory_makes_linear_cells(cell):
+    env = envs.make("TMaze-memory", previous_action=True)
+    config = PolicyConfig(memory="bptt", cell=cell, z_size=8)
+    config.check(4)
+    kernel = eqx.filter_eval_shape(lambda key: make_kernel(config, *env, key=key), jr.key(0))
+    location = kernel.cell.location
+    assert type(location) is {"lru": LRU, "gated": Gated, "leaky": LeakyFilter}[cell]
+    assert type(kernel.normalizer) is (Identity if cell == "leaky" else Normalizer)
+    assert kernel.z0.shape == (8,)
+
+
+def test_the_factory_stacks_layers_and_refuses_what_cannot_be():
+    config = PolicyConfig(cell="gated", num_layers=2, z_size=8)
+    env = envs.make("TMaze-memory")
+    kernel = eqx.filter_eval_shape(lambda key: make_kernel(config, *env, key=key), jr.key(0))
+    assert [type(unit) for unit in kernel.cell.location.units] == [Gated, Gated]
+    for cell, num_layers in (("gru", 2), ("leaky", 2), ("lru", 0)):
+        with pytest.raises(ValueError, match=f"num_layers is {num_layers}; it has to be 1"):
+            PolicyConfig(cell=cell, num_layers=num_layers).check(4)
+    with pytest.raises(ValueError, match="--previous-action"):
+        make_kernel(PolicyConfig(cell="leaky"), *env, key=jr.key(0))
