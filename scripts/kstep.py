@@ -186,10 +186,9 @@ def sampled_gradient(
 
 
 def update(
-    config: Config, world: World, k: Array, state: tuple[PyTree, PyTree], key: PRNGKeyArray
-) -> tuple[tuple[PyTree, PyTree], Float[Array, ""]]:
+    config: Config, world: World, k: Array, state: tuple[Any, Any], key: PRNGKeyArray
+) -> tuple[tuple[Any, Any], Float[Array, ""]]:
     """One step of the ascent, and J before it."""
-    params: Any
     params, opt_state = state
     weights, pull = jax.vjp(partial(law, config, world), params)
     solution = kstep.solve(world.pomdp, world.joint, weights, k=k, gamma=world.gamma)

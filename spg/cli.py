@@ -66,7 +66,8 @@ class ProblemConfig:
     """What every script offers that trains a finite-state controller in a finite world."""
 
     problem: str = "loadunload"
-    """tiger, loadunload, heavenhell, pentagon, factory, or a file in the .POMDP format"""
+    """tiger, loadunload, heavenhell, pentagon, factory, ringworld, one of the traps of k-step
+    gradients (twostate, chain, matching, aggregated, cartpole), or a file in the .POMDP format"""
     num_z: int = 4
     """|G|, the number of I-states"""
     out_degree: int = 3

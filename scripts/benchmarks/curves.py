@@ -21,7 +21,8 @@ from spg import cli, plotting, records
 
 Task = Literal[
     "cartpole", "memorychain", "tmaze10", "tmaze50", "recall10", "recall50",
-    "pendulum", "halfcheetah", "ant",
+    "pendulum", "halfcheetah", "ant", "ringworld", "units-cartpole", "units-memorychain",
+    "units-tmaze10",
 ]  # fmt: skip
 
 
@@ -45,10 +46,35 @@ METHODS: dict[str, dict[str, Any]] = {
     "none": {"memory": "none"},
     "oracle": {"memory": "oracle"},
 }
+FILTERS: dict[str, dict[str, Any]] = {
+    name: {"memory": "filter", "filter": name}
+    for name in ("belief", "lof", "lof-softmax", "alf", "alf-softmax", "alf-belief")
+}
+UNITS: dict[str, dict[str, Any]] = {
+    "GRU-64": {"memory": "bptt", "z_size": 64},
+    "linear-64": {"memory": "bptt", "cell": "linear", "z_size": 64},
+    "gated-64": {"memory": "bptt", "cell": "gated", "z_size": 64},
+    "LRU-32": {"memory": "bptt", "cell": "lru", "z_size": 64},
+}
+RINGWORLD: dict[str, dict[str, Any]] = {
+    **FILTERS,
+    "deep ALF-12": {"memory": "bptt", "cell": "leaky", "z_size": 24},
+    "LRU-12": {"memory": "bptt", "cell": "lru", "z_size": 24},
+    "LRU-64": {"memory": "bptt", "cell": "lru", "z_size": 128},
+    **{name: UNITS[name] for name in ("linear-64", "gated-64", "GRU-64")},
+    **{name: METHODS[name] for name in ("S2PG", "S2PG linear", "none", "oracle")},
+}
 
 
-def task(name: Task) -> tuple[ppo.Config, list[str]]:
+def task(name: Task) -> tuple[ppo.Config, dict[str, dict[str, Any]]]:
     """The configuration that all methods share, and the methods to compare."""
+    if name.startswith("units-"):
+        return task(name.removeprefix("units-"))[0], UNITS  # type: ignore[arg-type]
+    shared, methods = _task(name)
+    return shared, {m: (RINGWORLD if name == "ringworld" else METHODS)[m] for m in methods}
+
+
+def _task(name: Task) -> tuple[ppo.Config, list[str]]:
     default = ppo.Config()
     recall = replace(default, observe="all", gae_lambda=1.0, entropy_coef=0.01)
     brax = replace(
@@ -85,21 +111,32 @@ def task(name: Task) -> tuple[ppo.Config, list[str]]:
             replace(brax, env="brax/halfcheetah"),
             ["S2PG", "S2PG linear", "none", "oracle"],
         ),
+        "ringworld": (
+            replace(
+                default,
+                env="ringworld-pomdp",
+                observe="all",
+                previous_action=True,
+                num_minibatches=8,
+                total_steps=5_000_000,
+            ),
+            list(RINGWORLD),
+        ),
         "ant": (replace(brax, env="brax/ant"), ["S2PG", "S2PG linear", "none", "oracle"]),
     }[name.rstrip("0123456789")]
 
 
 def main(config: Config) -> None:
-    shared, names = task(config.task)
-    unknown = [m for m in config.methods if m not in METHODS]
+    shared, methods = task(config.task)
+    unknown = [m for m in config.methods if m not in methods]
     if unknown:
-        raise ValueError(f"unknown methods {unknown}; choose from {', '.join(METHODS)}")
+        raise ValueError(f"unknown methods {unknown}; choose from {', '.join(methods)}")
     out = Path(config.out or f"runs/curves-{config.task}")
     shared = replace(shared, num_seeds=config.num_seeds, seed=config.seed)
     rows, curves = [], []
-    for name in config.methods or names:
+    for name in config.methods or methods:
         directory = out / name.replace(" ", "-")
-        summary = cli.train(ppo.make, replace(shared, **METHODS[name]), directory)
+        summary = cli.train(ppo.make, replace(shared, **methods[name]), directory)
         curves.append(records.read_curve(directory, name))
         low, high = summary["final_return_ci95"]
         rows.append(
@@ -111,6 +148,7 @@ def main(config: Config) -> None:
                 "iqm": f"{summary['final_return_iqm']:.4g}",
                 "ci95": f"{low:.4g} to {high:.4g}",
                 "noise_free": f"{summary['final_return_noise_free_mean']:.4g}",
+                "steps_per_s": f"{summary['steps_per_second']:.0f}",
             }
         )
     dialled = "".join(f", {k} {v:g}" for k, v in shared.env_params.items())
