@@ -12,7 +12,7 @@ import csv
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,6 @@ class Config:
     seed: int = 0
     out: str | None = None
     """directory of the results; by default a new one under runs/"""
-    resume: ClassVar[bool] = False
 
 
 class Row(NamedTuple):

@@ -62,7 +62,6 @@ class Config:
     seed: int = 0
     out: str | None = None
     """directory of the run; by default a new one under runs/"""
-    resume = False
 
 
 class World(NamedTuple):
@@ -195,7 +194,7 @@ def update(
     gradient: Any = solution.gradient
     if config.gradient == "sampled":
         gradient = sampled_gradient(config, world, k, params, key)
-    elif isinstance(params, Softmax):
+    elif config.method in ("product", "mixture"):
         gradient = pull(gradient)[0]
     reward = world.pomdp.mean_reward()
     width = reward.max() - reward.min()

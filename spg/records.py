@@ -32,13 +32,15 @@ def open_run(config: Any, name: str) -> Path:
     Raises RunError if the directory holds a run already (without `resume`), or if it holds none
     or one of another configuration (with it).
     """
-    if config.resume and config.out is None:
+    resumable = hasattr(config, "resume")
+    resume = resumable and config.resume
+    if resume and config.out is None:
         raise RunError("--resume needs --out, the directory of the run to go on with")
     out = Path(config.out or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S"))
     path = out / "config.json"
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in UNSAVED}
     now = json.loads(json.dumps({"name": name} | fields))
-    if config.resume:
+    if resume:
         if not path.exists():
             raise RunError(f"--resume: {out} holds no run; without --resume one would start there")
         then = json.loads(path.read_text())
@@ -48,7 +50,8 @@ def open_run(config: Any, name: str) -> Path:
             raise RunError(f"--resume: {out} was run with another configuration: {listed}")
         return out
     if path.exists():
-        raise RunError(f"{out} holds a run; --resume goes on with it, another --out starts afresh")
+        goes_on = "--resume goes on with it, " if resumable else ""
+        raise RunError(f"{out} holds a run; {goes_on}another --out starts afresh")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists and is not an empty directory; name another one with --out")
     out.mkdir(parents=True, exist_ok=True)

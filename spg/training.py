@@ -76,7 +76,8 @@ def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
     began = time.perf_counter()
     roots = jax.vmap(lambda seed: jr.split(jr.key(seed)))(jnp.asarray(seeds))
     keys, eval_roots = (jax.device_put(roots[:, i], sharding) for i in range(2))
-    state = jax.jit(over_seeds(jax.vmap(algorithm.init), in_specs=PartitionSpec("seed")))(keys)
+    # on one device: batches of QR, in orthogonal weights, on two at once block both (jaxlib 0.10)
+    state = jax.device_put(jax.jit(jax.vmap(algorithm.init))(roots[:, 0]), sharding)
     specs = (PartitionSpec("seed"), PartitionSpec())
     train = jax.jit(
         over_seeds(partial(_updates, algorithm, size), in_specs=specs), donate_argnums=0

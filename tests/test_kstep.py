@@ -175,6 +175,42 @@ def test_a_shared_draw_matches_numbers_below_the_threshold(m, k):
     assert np.isclose(gains[0] / (gains[0] - gains[1]), formula, rtol=1e-10)
 
 
+def test_only_a_shared_draw_reaches_the_good_match():
+    """Each agent goes up, or returns to 0, for k steps; at first it goes up once in ten.
+
+    Below the threshold the ascent of a shared draw ends at the good match and above it at the
+    poor one; that of independent draws ends at the poor one on both sides.
+    """
+    m, k = 2, 3
+    threshold = 0.4972376
+    own = np.stack([np.zeros(3, int), np.full(3, 2)])  # return, up
+    each = np.array([np.concatenate([own[i], own[j]]) for i in range(2) for j in range(2)])
+    start = jnp.array([[0.9, 0.1]] * 2)
+
+    def climb(pomdp, policies, shared):
+        def law(logits):
+            if shared:
+                return jax.nn.softmax(logits[0])
+            return jnp.outer(*jax.nn.softmax(logits)).reshape(-1)
+
+        def step(logits, _):
+            weights, pull = jax.vjp(law, logits)
+            solution = kstep.solve(pomdp, policies, weights, k=k, gamma=GAMMA)
+            return logits + 0.5 * pull(solution.gradient)[0], solution.expected_return
+
+        return jax.lax.scan(step, jnp.log(start), length=2000)[1][-1]
+
+    climb = jax.jit(climb, static_argnames="shared")
+    for reward, good in ((threshold - 0.08, True), (threshold + 0.02, False)):
+        problem = traps.matching(m, reward)
+        pomdp = dense(problem.pomdp)
+        joint = jnp.asarray(kstep.joint_policies(each, problem.slots, 3))
+        poor, best = reward / (1 - GAMMA), reward + GAMMA**m / (1 - GAMMA)
+        assert np.isclose(climb(pomdp, joint, False), poor, rtol=0.05)
+        ends = climb(pomdp, joint[jnp.array([0, 3])], True)
+        assert np.isclose(ends, best if good else poor, rtol=0.05)
+
+
 def test_one_agent_alone_cannot_leave_the_poor_match():
     """No change of a single slot helps by holding it, whatever k: a Nash point."""
     problem = traps.matching(2, 0.3)
@@ -232,6 +268,20 @@ def test_ascent_is_monotone_and_ends_as_the_theorem_says(random_worlds, method):
         assert worst[5] < 0.001
         table = [192, 88, 39, 15, 4.6, 0.72]
         assert np.allclose(bounds[:, -1], table, rtol=0.03)
+
+
+def test_many_worlds_at_once_are_solved_as_each_alone(random_worlds):
+    """Of a batch this large, XLA on a CPU got products with broadcast vectors wrong, once."""
+    policies, weights = kstep.all_policies(3, 2), jnp.full(8, 1 / 8)
+    one = lambda pomdp: kstep.solve(pomdp, policies, weights, k=1, gamma=GAMMA)
+    batch = jax.tree.map(lambda x: jnp.concatenate([x] * 25), random_worlds)
+    jax.config.update("jax_disable_most_optimizations", False)
+    solutions = jax.jit(jax.vmap(one))(batch)
+    jax.config.update("jax_disable_most_optimizations", True)
+    assert solutions.residual.shape == (1000,)
+    assert solutions.residual.max() < 1e-13
+    alone = jax.jit(one)(jax.tree.map(lambda x: x[7], random_worlds))
+    assert np.allclose(solutions.gradient[7], alone.gradient, rtol=1e-12)
 
 
 def test_curvature_stays_below_the_smoothness_constant(random_worlds):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -76,7 +76,6 @@ class Config:
     """states of random worlds to solve by SciPy as well; 0 is the factory"""
     tol: float = 1e-10
     """of the comparison with SciPy"""
-    resume: ClassVar[bool] = False  # timings of two processes do not mix
 
 
 class Case(NamedTuple):

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -55,7 +55,6 @@ class Config(cli.ProblemConfig):
     betas: tuple[float, ...] = (0.9, 0.97)
     out: str | None = None
     """directory of the results; by default a new one under runs/"""
-    resume: ClassVar[bool] = False
 
 
 class Row(NamedTuple):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -60,7 +60,6 @@ class Config(cli.EnvConfig):
     """T, steps of each environment between updates"""
     num_epochs: int = 4
     num_minibatches: int = 32
-    resume: ClassVar[bool] = False  # timings of two processes do not mix
 
 
 class Method(NamedTuple):

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,6 @@ class Config:
     repeats: int = 15
     min_ms: float = 2.0
     """a timing repeats its program for about as long"""
-    resume: ClassVar[bool] = False  # timings of two processes do not mix
 
 
 class Size(NamedTuple):

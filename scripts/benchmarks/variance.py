@@ -16,7 +16,7 @@ import csv
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -57,7 +57,6 @@ class Config:
     """noise on z' in S2PG"""
     action_std: float = 0.5
     gamma: float = 1.0
-    resume: ClassVar[bool] = False
 
 
 class Affine(eqx.Module):

@@ -198,7 +198,7 @@ class LeakyFilter(LinearUnit):
         seen, action = jnp.split(obs, [len(self.logits)])
         leak = jax.nn.sigmoid(self.leak)
         evidence = seen @ jax.nn.log_softmax(self.logits, axis=0)
-        real, imaginary = leak * self.basis @ evidence
+        real, imaginary = (leak * evidence @ part.T for part in self.basis)
         return _polar(1 - leak, action @ self.phases), lax.complex(real, imaginary)
 
 

@@ -1,0 +1,89 @@
+"""The ascents of k-step gradients: every method, its files, and what is refused."""
+
+import csv
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from scripts import kstep
+from spg.records import RunError
+
+TINY = kstep.Config(k=(1, 8), num_runs=3, num_updates=4, num_episodes=8, num_steps=20)
+
+
+@pytest.fixture(autouse=True)
+def precision():
+    """That of exact gradients is double, and has to end with the test."""
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def test_gap_falls_with_k_below_the_bound(tmp_path, capsys):
+    """The default, of fewer worlds: its table, its picture, and that it is not overwritten."""
+    config = kstep.Config(num_runs=5, k=(1, 4, 16), out=str(tmp_path / "run"))
+    kstep.main(config)
+    rows = read(tmp_path / "run" / "gap.csv")
+    assert [row["k"] for row in rows] == [1, 4, 16]
+    assert all(row["worst gap"] < row["bound"] for row in rows)
+    assert rows[0]["worst gap"] > 1 > rows[1]["worst gap"] > 0.05 > rows[2]["worst gap"]
+    ascent = read(tmp_path / "run" / "ascent.csv")
+    assert [row["update"] for row in ascent] == list(range(301))
+    assert ascent[-1]["k=4"] == rows[1]["worst gap"]
+    assert (tmp_path / "run" / "gap.png").stat().st_size > 0
+    assert "worst gap" in capsys.readouterr().out
+    with pytest.raises(RunError, match="holds a run; another --out starts afresh"):
+        kstep.main(config)
+
+
+@pytest.mark.parametrize(
+    ("problem", "method", "gradient"),
+    [
+        ("twostate", "projected", "exact"),
+        ("matching", "mixture", "exact"),
+        ("aggregated", "mixture", "sampled"),
+        ("chain", "mirror", "sampled"),
+    ],
+)
+def test_every_method_runs(problem, method, gradient, tmp_path):
+    out = tmp_path / "run"
+    words = {"problem": problem, "method": method, "gradient": gradient, "out": str(out)}
+    kstep.main(replace(TINY, **words))
+    assert np.isfinite([list(row.values()) for row in read(out / "gap.csv")]).all()
+
+
+def test_large_worlds_run_by_products(tmp_path):
+    config = replace(
+        TINY, problem="cartpole", problem_params={"bins": 5.0}, num_runs=1, num_updates=1,
+        out=str(tmp_path / "run"),
+    )  # fmt: skip
+    kstep.main(config)
+    rows = read(tmp_path / "run" / "gap.csv")
+    assert all(0 < row["worst gap"] < row["bound"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"k": (0, 2)}, r"k is \(0, 2\); it lists different numbers of at least 1"),
+        ({"k": (2, 2)}, r"k is \(2, 2\)"),
+        ({"gamma": 1.5}, "gamma is 1.5; it has to be between 0 and 1"),
+        ({"problem_params": {"length": 2.0}}, "aggregated has no parameter 'length'; choose from"),
+        ({"problem": "twostate", "problem_params": {"n": 0.0}}, "n is 0"),
+        (
+            {"problem": "matching", "problem_params": {"m": 4.0}},
+            "matching-4 has 3\\^10 deterministic policies; 5,000 can be listed",
+        ),
+        ({"num_episodes": 1}, "num_episodes is 1"),
+    ],
+)
+def test_what_cannot_run_is_refused(words, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        kstep.main(replace(kstep.Config(out=str(tmp_path / "run")), **words))
+    assert not (tmp_path / "run").exists()
