@@ -176,7 +176,7 @@ def main(config: Config) -> None:
     if not 0 < config.scale < np.log(30):
         raise ValueError(f"scale is {config.scale}; it has to be inside (0, log 30)")
     constants = decoding.constants(hmm(swap_hmm(0.01).pomdp))
-    out = records.open_run(config, "filters")
+    out = records.open_run(config, "filters", resumable=False)
     rows = measure(config)
     with (out / "filters.csv").open("w", newline="") as file:
         csv.writer(file).writerows([Row._fields, *rows])

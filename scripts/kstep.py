@@ -89,14 +89,12 @@ def open_world(config: Config) -> World:
     from spg.envs import Tabular, tabular_params, traps  # here: gymnax starts JAX's backend
 
     make = traps.TRAPS[config.problem]
-    known = list(inspect.signature(make).parameters)
+    known = [name for name in inspect.signature(make).parameters if name != "seed"]
     for name in config.problem_params:
         if name not in known:
             choices = f"choose from {', '.join(known)}" if known else "it has none"
             raise ValueError(f"{config.problem} has no parameter {name!r}; {choices}")
-    keywords: dict[str, Any] = {
-        name: int(v) if v == int(v) else v for name, v in config.problem_params.items()
-    }
+    keywords: dict[str, Any] = cli.arguments(config.problem_params)
     own = config.problem == "aggregated"
     problems: list[Problem] = [
         make(**keywords | {"seed": config.seed + i} if own else keywords)
@@ -196,9 +194,8 @@ def update(
         gradient = sampled_gradient(config, world, k, params, key)
     elif config.method in ("product", "mixture"):
         gradient = pull(gradient)[0]
-    reward = world.pomdp.mean_reward()
-    width = reward.max() - reward.min()
-    size = 1 / kstep.smoothness(k, world.gamma, reward_range=width)
+    width = kstep.range_of_rewards(world.pomdp)
+    size = kstep.step_size(k, world.gamma, reward_range=width)
     if config.method == "mirror":
         return (kstep.mirror_step(params, gradient, size), ()), solution.expected_return
     if config.method == "projected":
@@ -234,9 +231,10 @@ def program(config: Config, world: World) -> Callable[[Array, Array], Float[Arra
 
 def bounds(config: Config, world: World) -> Float[np.ndarray, "K T"]:
     """The theorem's, after 1 … T updates of mirror or projected ascent; c_k for the others."""
-    reward = np.asarray(world.pomdp.mean_reward())
-    shared: Any = {"gamma": world.gamma, "reward_range": float(np.ptp(reward, (-2, -1)).max())}
-    steps = np.arange(1, config.num_updates + 1)
+    width = kstep.range_of_rewards
+    width = jax.vmap(width) if config.problem == "aggregated" else width
+    shared: Any = {"gamma": world.gamma, "reward_range": float(width(world.pomdp).max())}
+    steps = jnp.arange(1, config.num_updates + 1)
     if config.method in ("product", "mixture"):
         return np.array([0 * steps + kstep.gap_bound(k, **shared) for k in config.k])
     rate = partial(kstep.rate_bound, steps, len(world.policies), method=config.method, **shared)
@@ -246,7 +244,7 @@ def bounds(config: Config, world: World) -> Float[np.ndarray, "K T"]:
 def main(config: Config) -> None:
     began = time.perf_counter()
     cli.check_positive(config, "num_runs", "num_updates", "num_components", "num_steps")
-    cli.check_range(config, 2, float("inf"), "num_episodes")
+    cli.check_range(config, 2.0, float("inf"), "num_episodes")
     cli.check_range(config, 0.0, float("inf"), "start_std", "learning_rate")
     if not config.k or min(config.k) < 1 or len(set(config.k)) < len(config.k):
         raise ValueError(f"k is {config.k}; it lists different numbers of at least 1")
@@ -254,7 +252,7 @@ def main(config: Config) -> None:
         raise ValueError(f"gamma is {config.gamma}; it has to be between 0 and 1")
     jax.config.update("jax_enable_x64", config.gradient == "exact")
     world = open_world(config)
-    out = records.open_run(config, "kstep")
+    out = records.open_run(config, "kstep", resumable=False)
     print(f"{config.problem}, {len(world.policies)} policies; directory {out}", file=sys.stderr)
     keys = jr.split(jr.key(config.seed), config.num_runs)
     gaps = np.asarray(program(config, world)(keys, jnp.asarray(config.k)))

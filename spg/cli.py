@@ -91,8 +91,13 @@ def make_env(config: EnvConfig, *, oracle: bool = False) -> tuple[Environment, A
         previous_action=config.previous_action,
         privileged=config.privileged,
         backend=config.backend,
-        **{k: int(v) if v == int(v) else v for k, v in config.env_params.items()},
+        **arguments(config.env_params),
     )
+
+
+def arguments(params: dict[str, float]) -> dict[str, int | float]:
+    """Parameters as typed on the command line, whole numbers as integers."""
+    return {k: int(v) if float(v).is_integer() else v for k, v in params.items()}
 
 
 def open_problem(config: ProblemConfig) -> Problem:

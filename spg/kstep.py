@@ -22,7 +22,6 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 from jax import core, lax
 from jaxtyping import Array, Float, Int
@@ -90,9 +89,10 @@ def solve(
 ) -> Solution:
     """V, Q, ν, J and ∂J/∂w of the law `weights` over `policies`, the actions at each observation.
 
-    O(k) products of the transition matrix with N vectors, and one linear equation for each of V
-    and ν: direct for a `TabularPOMDP`, by BiCGStab, which repeats the products, for a
-    `SparsePOMDP`. Observations may be random; they are drawn anew at every step.
+    One linear equation for each of V and ν. Of a `TabularPOMDP` it is solved directly, after k
+    products of the transition matrix with N S vectors; of a `SparsePOMDP` by iteration of k
+    products with N vectors, log(1/ε) / log(1/γ) in all whatever k is, for rounding ε. Observations
+    may be random; they are drawn anew at every step. Differentiable where k and γ are not traced.
 
     Raises ValueError for k < 1, gamma outside (0, 1), weights off the simplex, and an empty list
     of policies, one that repeats a policy or has a wrong shape or action. Traced values go
@@ -113,22 +113,24 @@ def solve(
     def release(x):  # γ^k x P_D^k
         return lax.fori_loop(0, k, lambda _, x: gamma * pomdp.push(choice * x[:, None]), x)
 
-    ahead = lambda v: v - hold(jnp.zeros_like(reward), v) @ weights
-    behind = lambda d: d - release(d[:, None] * weights).sum(1)
+    ahead = lambda v: hold(jnp.zeros_like(reward), v) @ weights
+    behind = lambda d: release(d[:, None] * weights).sum(1)
     window_reward = hold(reward, jnp.zeros_like(pomdp.start)) @ weights
     fresh = 1 - gamma**k
     start = fresh * pomdp.start
     if isinstance(pomdp, TabularPOMDP):
-        system = jax.vmap(ahead, 1, 1)(jnp.eye(len(start), dtype=weights.dtype))
+        identity = jnp.eye(len(start), dtype=weights.dtype)
+        system = identity - jax.vmap(ahead, 1, 1)(identity)
         value = jnp.linalg.solve(system, window_reward)
         window_law = jnp.linalg.solve(system.T, start)
     else:
-        value = _krylov(ahead, window_reward)
-        window_law = _krylov(behind, start)
+        value = _fixed_point(ahead, window_reward, k, gamma)
+        window_law = _fixed_point(behind, start, k, gamma)
     q_value = hold(reward, value)
     residuals = (
-        _relative(q_value @ weights - value, value), _relative(behind(window_law) - start, start)
-    )  # fmt: skip
+        _relative(q_value @ weights - value, value),
+        _relative(start + behind(window_law) - window_law, start),
+    )
     return Solution(
         value, q_value, window_law, window_law @ q_value / fresh, pomdp.start @ value,
         jnp.maximum(*residuals),
@@ -151,6 +153,12 @@ def policy_returns(
 # --- ascent
 
 
+def range_of_rewards(pomdp: POMDP) -> Float[Array, ""]:
+    """max r(s, a) - min r(s, a)."""
+    reward = pomdp.mean_reward()
+    return reward.max() - reward.min()
+
+
 def gap_bound(k: Steps, gamma: Scalar, *, reward_range: Scalar = 1.0) -> Scalar:
     """c_k, the most by which a stationary law can fall short of the best policy."""
     return 2 * reward_range * gamma**k / ((1 - gamma) * (1 - gamma**k))
@@ -164,6 +172,11 @@ def smoothness(k: Steps, gamma: Scalar, *, reward_range: Scalar = 1.0) -> Scalar
 def steps_needed(gap: float, gamma: float, *, reward_range: float = 1.0) -> int:
     """The least k with c_k <= `gap`."""
     return math.ceil(math.log(1 + 2 * reward_range / ((1 - gamma) * gap)) / math.log(1 / gamma))
+
+
+def step_size(k: Steps, gamma: Scalar, *, reward_range: Scalar = 1.0) -> Scalar:
+    """1/L₁, of mirror ascent; 10^6 at most, where L₁ vanishes. Projected ascent takes it over N."""
+    return 1 / jnp.maximum(smoothness(k, gamma, reward_range=reward_range), 1e-6)
 
 
 def mirror_step(
@@ -193,12 +206,15 @@ def ascend(
     """Ascent from the uniform law: the last w, and J(w_0) … J(w_{T-1}), which never falls.
 
     With the steps of `smoothness`, 1/L₁ for mirror and 1/(N L₁) for projected ascent, T steps end
-    within `rate_bound` of the best policy. `reward_range` is max r - min r by default.
+    within `rate_bound` of the best policy. `reward_range` is max r - min r by default. Raises
+    ValueError as `solve` does.
     """
+    check(pomdp, policies, None, k=k, gamma=gamma)
+    if method not in ("mirror", "projected"):
+        raise ValueError(f"unknown method {method!r}; choose mirror or projected")
     num_policies = len(policies)
-    reward = pomdp.mean_reward()
-    width = jnp.max(reward) - jnp.min(reward) if reward_range is None else reward_range
-    size = 1 / smoothness(k, gamma, reward_range=width)
+    width = range_of_rewards(pomdp) if reward_range is None else reward_range
+    size = step_size(k, gamma, reward_range=width)
     start = jnp.full(num_policies, 1 / num_policies, pomdp.start.dtype)
 
     def mirror(log_weights, _):
@@ -280,13 +296,14 @@ def _known(x: object) -> bool:
     return not isinstance(x, core.Tracer)
 
 
-def _krylov(apply, rhs: Float[Array, " S"]) -> Float[Array, " S"]:
-    tol = 10 * float(jnp.finfo(rhs.dtype).eps)
-    scale = jnp.max(jnp.abs(rhs))
-    scale = jnp.where(scale > 0, scale, 1)
-    operator = lx.FunctionLinearOperator(apply, jax.eval_shape(lambda: rhs))
-    solver = lx.BiCGStab(rtol=tol, atol=tol, max_steps=5_000)
-    return scale * lx.linear_solve(operator, rhs / scale, solver, throw=False).value
+def _fixed_point(rest, rhs: Float[Array, " S"], k: Steps, gamma: Scalar) -> Float[Array, " S"]:
+    """x = rhs + rest(x) by iteration: `rest` contracts by γ^k, so the error is known beforehand."""
+    digits = math.log(float(jnp.finfo(rhs.dtype).eps))
+    if _known(k) and _known(gamma):
+        count: Steps = math.ceil(digits / (int(k) * math.log(float(gamma))))
+    else:
+        count = jnp.ceil(digits / (k * jnp.log(gamma))).astype(int)
+    return lax.fori_loop(0, count, lambda _, x: rhs + rest(x), rhs)
 
 
 def _relative(error: Array, of: Array) -> Float[Array, ""]:

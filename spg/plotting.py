@@ -80,7 +80,7 @@ def learning_curve(path: Path, curves: list[Curve], *, title: str) -> None:
 def gaps(
     path: Path,
     k: tuple[int, ...],
-    gap: Float[np.ndarray, "K runs T+1"],
+    gap: Float[np.ndarray, "K runs updates"],
     limit: Float[np.ndarray, "K T"],
     *,
     bound: str,

@@ -24,15 +24,14 @@ class RunError(Exception):
     """A run cannot start or go on, for a reason that the user can mend."""
 
 
-def open_run(config: Any, name: str) -> Path:
+def open_run(config: Any, name: str, *, resumable: bool = True) -> Path:
     """The directory of a run, with its `config.json`: a new one, or on resumption the old one.
 
-    A configuration without the field `resume` cannot be resumed.
+    A configuration without the field `resume` is not `resumable`.
 
     Raises RunError if the directory holds a run already (without `resume`), or if it holds none
     or one of another configuration (with it).
     """
-    resumable = hasattr(config, "resume")
     resume = resumable and config.resume
     if resume and config.out is None:
         raise RunError("--resume needs --out, the directory of the run to go on with")

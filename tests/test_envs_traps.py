@@ -82,6 +82,15 @@ def test_cartpole_that_has_fallen_lies(cartpole):
     assert int(pomdp.successor[leaning, 1, pomdp.probability[leaning, 1].argmax()]) == fallen
 
 
+def test_cart_may_leave_the_track(cartpole):
+    """From the outermost place, moving out, the mass at the end of the track has fallen."""
+    outermost = np.ravel_multi_index((5, 5, 2, 2), (6,) * 4)
+    fallen = np.asarray(cartpole.pomdp.successor[outermost]) == len(cartpole.states) - 1
+    lost = (np.asarray(cartpole.pomdp.probability[outermost]) * fallen).sum(1)
+    assert (lost > 0).all()
+    assert (lost < 1).all()
+
+
 def test_start_of_cartpole_is_in_the_middle(cartpole):
     assert np.isclose(cartpole.pomdp.start.sum(), 1)
     assert np.count_nonzero(cartpole.pomdp.start) == 16
@@ -90,9 +99,13 @@ def test_start_of_cartpole_is_in_the_middle(cartpole):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: traps.chain(0), "n is 0; a chain has at least one step"),
-        (lambda: traps.matching(0), "m is 0; the counters have at least one step"),
-        (lambda: traps.cartpole(1), "bins is 1; a grid has at least 2 nodes"),
+        (lambda: traps.chain(0), "n is 0; it has to be a whole number from 1 on"),
+        (lambda: traps.matching(0), "m is 0; it has to be a whole number from 1 on"),
+        (
+            lambda: traps.random_aggregated(6, 9),
+            "num_obs is 9; it has to be a whole",
+        ),
+        (lambda: traps.cartpole(1), "bins is 1; it has to be a whole number from 2 on"),
     ],
 )
 def test_sizes_that_make_no_world_are_refused(make, message):

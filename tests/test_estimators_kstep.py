@@ -256,6 +256,16 @@ def test_hold_holds_the_component_in_its_window_alone(world):
             assert np.isclose((number == n).mean(), (1 - alive) * alive**n, atol=0.03)
 
 
+def test_nothing_is_earned_after_an_episode(world):
+    kernel = held_kernel(certain_logits(POLICIES, 2), k=K)
+    env = Tabular(world, max_steps_in_episode=4)
+    traj, _, _ = kstep.hold(
+        kernel, env, env.default_params, jnp.array(0), gamma=GAMMA, num_steps=10, key=jr.key(0)
+    )
+    assert traj.reward[:4].all()
+    assert not traj.reward[4:].any()
+
+
 def test_sampled_ascents_agree_with_the_exact_gradient(world):
     """Of 4000 endless trajectories, within four standard errors of the solution's gradient."""
     kernel = held_kernel(certain_logits(POLICIES, 2), jnp.array([0.5, 0.0, -0.5, 0.2]), k=K)

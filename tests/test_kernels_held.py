@@ -98,7 +98,10 @@ def test_the_noise_free_policy_takes_the_likeliest(recorded):
     ("change", "message"),
     [
         ({"k": 0}, "k is 0; a window has at least 1 step"),
-        ({"slots": np.array([[0, 0]])}, "two agents share a slot"),
+        ({"slots": np.array([[0, 0]])}, "two agents share slot 0"),
+        ({"slots": np.array([[0, 1], [1, 0]])}, "two agents share slot 0"),
+        ({"slots": np.array([[-1, 1]])}, "slot -1 is out of range: there are 2"),
+        ({"mixture": jnp.zeros(3)}, "mixture has 3 logits for 1 components"),
         ({"slots": np.array([[0, 2]])}, "slot 2 is out of range: there are 2"),
     ],
 )
@@ -161,3 +164,10 @@ def test_memory_that_agents_would_share_is_refused():
     env = envs.make("matching-pomdp")
     with pytest.raises(ValueError, match="the 2 agents would share what they see by --memory s2pg"):
         make_kernel(PolicyConfig(memory="s2pg"), *env, key=jr.key(0))
+
+
+@pytest.mark.parametrize("words", [{"previous_action": True}, {"observe": "state"}])
+def test_a_team_is_shown_what_its_agents_see_and_no_more(words):
+    env = envs.make("matching-pomdp", **words)
+    with pytest.raises(ValueError, match="the agents see 6 entries, and"):
+        make_kernel(PolicyConfig(memory="none"), *env, key=jr.key(0))

@@ -70,6 +70,29 @@ def test_sparse_worlds_have_the_same_solution(k):
         assert np.allclose(x, y, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_sparse_worlds_are_solved_at_vertices_too(dtype):
+    """Where all mass is on one policy, without reward, and for k so large that γ^k is nothing."""
+    for reward, returns in ((0.3, (3.0, 6.561)), (0.0, (0.0, 6.561))):
+        pomdp = traps.chain(4, reward).pomdp
+        pomdp = jax.tree.map(lambda x: x.astype(dtype) if x.dtype.kind == "f" else x, pomdp)
+        for policy, truth in enumerate(returns):
+            for k in (1, 400):
+                weights = jnp.eye(2, dtype=dtype)[policy]
+                solution = solve(pomdp, np.array([[0], [1]]), weights, k=k, gamma=GAMMA)
+                assert np.isclose(solution.expected_return, truth, rtol=1e-5)
+                assert solution.residual < 30 * jnp.finfo(dtype).eps
+
+
+def test_step_sizes_stay_finite_where_the_smoothness_vanishes():
+    pomdp = dense(traps.chain(4, 0.3).pomdp)
+    for method in ("mirror", "projected"):
+        _, returns = kstep.ascend(
+            pomdp, np.array([[0], [1]]), k=3000, gamma=GAMMA, num_steps=3, method=method
+        )
+        assert np.isclose(returns[-1], 6.561)
+
+
 def test_solution_is_differentiable():
     """By the weights, where it is the gradient formula, and by the rewards, where it is ν held."""
     pomdp = make_pomdp(jr.key(0), num_states=3)
@@ -176,7 +199,7 @@ def test_a_shared_draw_matches_numbers_below_the_threshold(m, k):
 
 
 def test_only_a_shared_draw_reaches_the_good_match():
-    """Each agent goes up, or returns to 0, for k steps; at first it goes up once in ten.
+    """Each agent goes up, or returns to 0, for k steps; at first it hardly ever goes up.
 
     Below the threshold the ascent of a shared draw ends at the good match and above it at the
     poor one; that of independent draws ends at the poor one on both sides.
@@ -185,7 +208,7 @@ def test_only_a_shared_draw_reaches_the_good_match():
     threshold = 0.4972376
     own = np.stack([np.zeros(3, int), np.full(3, 2)])  # return, up
     each = np.array([np.concatenate([own[i], own[j]]) for i in range(2) for j in range(2)])
-    start = jnp.array([[0.9, 0.1]] * 2)
+    start = jnp.array([[0.999, 0.001]] * 2)
 
     def climb(pomdp, policies, shared):
         def law(logits):
@@ -198,10 +221,10 @@ def test_only_a_shared_draw_reaches_the_good_match():
             solution = kstep.solve(pomdp, policies, weights, k=k, gamma=GAMMA)
             return logits + 0.5 * pull(solution.gradient)[0], solution.expected_return
 
-        return jax.lax.scan(step, jnp.log(start), length=2000)[1][-1]
+        return jax.lax.scan(step, jnp.log(start), length=5000)[1][-1]
 
     climb = jax.jit(climb, static_argnames="shared")
-    for reward, good in ((threshold - 0.08, True), (threshold + 0.02, False)):
+    for reward, good in ((threshold - 0.02, True), (threshold + 0.02, False)):
         problem = traps.matching(m, reward)
         pomdp = dense(problem.pomdp)
         joint = jnp.asarray(kstep.joint_policies(each, problem.slots, 3))
@@ -212,14 +235,11 @@ def test_only_a_shared_draw_reaches_the_good_match():
 
 
 def test_one_agent_alone_cannot_leave_the_poor_match():
-    """No change of a single slot helps by holding it, whatever k: a Nash point."""
+    """No policy of its own helps the first agent, whatever k: a Nash point."""
     problem = traps.matching(2, 0.3)
     down = np.zeros(6, int)
-    alone = [np.where(np.arange(6) == slot, a, down) for slot in range(6) for a in (1, 2)]
-    together = kstep.all_policies(6, 3)
-    one_agent = [p for p in together if (p[3:] == 0).all() and p.any()]
+    one_agent = [p for p in kstep.all_policies(6, 3) if (p[3:] == 0).all() and p.any()]
     policies = kstep.joint_policies(np.stack([down, *one_agent]), problem.slots, 3)
-    assert len(alone) < len(policies)
     start = jnp.eye(len(policies))[0]
     run = lambda k: kstep.solve(dense(problem.pomdp), policies, start, k=k, gamma=GAMMA).gradient
     gradient = jax.jit(jax.vmap(run))(jnp.array([1, 4, 16]))

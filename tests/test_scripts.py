@@ -37,11 +37,11 @@ def two_updates(script, config, tmp_path):
     return data
 
 
-@pytest.mark.parametrize("memory", ["s2pg", "bptt", "window", "none", "oracle"])
+@pytest.mark.parametrize("memory", ["s2pg", "bptt", "window", "kstep", "none", "oracle"])
 def test_ppo_runs_with_every_memory(memory, tmp_path):
     data = two_updates(ppo, replace(PPO, memory=memory, **CHAIN), tmp_path)
     assert np.isfinite(data["gradient_norm"]).all()
-    assert ((data["kl_z"] > 0).all()) == (memory == "s2pg")
+    assert ((data["kl_z"] > 0).all()) == (memory in ("s2pg", "kstep"))
 
 
 def test_ppo_runs_with_continuous_actions_and_a_privileged_critic(tmp_path):
@@ -71,7 +71,12 @@ def test_ppo_runs_on_brax_and_leaves_the_page(tmp_path):
 
 @pytest.mark.parametrize(
     ("estimator", "memory", "segment_length"),
-    [("reinforce", "s2pg", 0), ("gpomdp", "s2pg", 3), ("gpomdp", "bptt", 0)],
+    [
+        ("reinforce", "s2pg", 0),
+        ("gpomdp", "s2pg", 3),
+        ("gpomdp", "bptt", 0),
+        ("reinforce", "kstep", 0),
+    ],
 )
 def test_reinforce_runs(estimator, memory, segment_length, tmp_path):
     words = {"estimator": estimator, "memory": memory, "segment_length": segment_length}

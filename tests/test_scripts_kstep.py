@@ -68,6 +68,19 @@ def test_large_worlds_run_by_products(tmp_path):
     assert all(0 < row["worst gap"] < row["bound"] for row in rows)
 
 
+def test_sampled_gradients_leave_the_trap_if_held_for_8_steps(tmp_path):
+    """Of the product class, from the uniform policy."""
+    out = tmp_path / "run"
+    config = kstep.Config(
+        problem="chain", method="product", gradient="sampled", k=(1, 8), start_std=0.0,
+        num_runs=3, num_updates=150, num_episodes=32, num_steps=60, out=str(out),
+    )  # fmt: skip
+    kstep.main(config)
+    one, eight = read(out / "gap.csv")
+    assert one["median gap"] > 3
+    assert eight["worst gap"] < 0.5
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -75,7 +88,8 @@ def test_large_worlds_run_by_products(tmp_path):
         ({"k": (2, 2)}, r"k is \(2, 2\)"),
         ({"gamma": 1.5}, "gamma is 1.5; it has to be between 0 and 1"),
         ({"problem_params": {"length": 2.0}}, "aggregated has no parameter 'length'; choose from"),
-        ({"problem": "twostate", "problem_params": {"n": 0.0}}, "n is 0"),
+        ({"problem": "twostate", "problem_params": {"n": 2.0}}, "no parameter 'n'; choose from"),
+        ({"problem": "chain", "problem_params": {"n": 0.0}}, "n is 0; it has to be a whole number"),
         (
             {"problem": "matching", "problem_params": {"m": 4.0}},
             "matching-4 has 3\\^10 deterministic policies; 5,000 can be listed",

@@ -446,7 +446,7 @@ def markdown(rows: Iterable[Row], without: tuple[str, ...] = ("part",)) -> str:
 
 
 def main(config: Config) -> None:
-    out = records.open_run(config, "gamp-scale")
+    out = records.open_run(config, "gamp-scale", resumable=False)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, jax {jax.__version__}\n")
     if "solvers" in config.parts:
         with jax.enable_x64(True):

@@ -182,7 +182,7 @@ def main(config: Config) -> None:
     jax.config.update("jax_enable_x64", True)
     cli.check_positive(config, "num_controllers", "num_runs", "num_steps")
     problem = cli.open_problem(config)
-    out = records.open_run(config, "gpomdp-variance")
+    out = records.open_run(config, "gpomdp-variance", resumable=False)
     rows = measure(config, problem)
     with (out / "gpomdp_variance.csv").open("w", newline="") as file:
         csv.writer(file).writerows([Row._fields, *rows])

@@ -79,8 +79,7 @@ def trap(config: Config, out: Path) -> list[dict[str, Any]]:
                 {
                     "algorithm": algorithm,
                     "policy": name,
-                    "escaped": f"{(np.array(summary['final_return_noise_free']) > 40).sum()} of "
-                    f"{config.num_seeds}",
+                    "escaped": f"{(final > 40).sum()} of {config.num_seeds}",
                     "return": f"{final.mean():.4g}",
                     "least": f"{final.min():.4g}",
                     "noise_free": f"{summary['final_return_noise_free_mean']:.4g}",

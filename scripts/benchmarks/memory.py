@@ -277,7 +277,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     compared = methods(config)
     for method in compared:
         ppo.make(method.config)  # whatever cannot run is refused before the directory is made
-    out = records.open_run(config, "memory-benchmark")
+    out = records.open_run(config, "memory-benchmark", resumable=False)
     rows = tabulate(config, compared, *measure(config, compared))
     with (out / "memory.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -248,7 +248,7 @@ def main(config: Config) -> list[dict[str, Any]]:
             raise ValueError(f"{name} is {getattr(config, name)}; it has to list positive numbers")
     if not sizes(config):
         raise ValueError(f"every size has more than max_numbers {config.max_numbers} numbers")
-    out = records.open_run(config, "scans-benchmark")
+    out = records.open_run(config, "scans-benchmark", resumable=False)
     rows = tabulate(config)
     with (out / "scans.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -204,7 +204,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def main(config: Config) -> None:
-    out = records.open_run(config, "variance")
+    out = records.open_run(config, "variance", resumable=False)
     rows = measure(config)
     with (out / "variance.csv").open("w", newline="") as file:
         writer = csv.writer(file)

@@ -21,10 +21,9 @@ def chain(n: int = 4, reward: float = 0.3) -> Problem:
     one on, and earns 1 in n, where it remains. Held for ever they earn reward/(1 - γ) and
     γⁿ/(1 - γ). Never advancing is a strict local maximum of the memoryless policy for every
     positive reward; the k-step gradient leaves it iff reward < (γⁿ - γ^k) / (1 - γ^{k+1}).
-    n = 1 is the two-state trap. Raises ValueError for n < 1.
+    Raises ValueError unless n >= 1.
     """
-    if n < 1:
-        raise ValueError(f"n is {n}; a chain has at least one step")
+    _whole("n", n, 1)
     state = np.arange(n + 1)
     s, a = np.repeat(state, 2), np.tile([0, 1], n + 1)
     to = np.stack([0 * state, np.minimum(state + 1, n)], 1).ravel()
@@ -45,6 +44,11 @@ def chain(n: int = 4, reward: float = 0.3) -> Problem:
     )
 
 
+def two_states(reward: float = 0.5) -> Problem:
+    """The chain with one step: 'stay' in the first state, or 'advance' to the second."""
+    return chain(1, reward)
+
+
 def matching(m: int = 2, reward: float = 0.3) -> Problem:
     """Number matching: two agents with private counters in 0..m, which each may move by one.
 
@@ -52,10 +56,9 @@ def matching(m: int = 2, reward: float = 0.3) -> Problem:
     Actions (down, stay, up)², row-major. In (0, 0), the start, a step earns `reward`, in (m, m) 1,
     else nothing. Both going down is a local maximum if the agents draw independently, for every
     positive reward; of one draw for both, held k >= m steps, 'up' improves upon 'return to 0' iff
-    reward < (γ^m - γ^{k+1}) / (γ - γ^{k+m}). Raises ValueError for m < 1.
+    reward < (γ^m - γ^{k+1}) / (γ - γ^{k+m}). Raises ValueError unless m >= 1.
     """
-    if m < 1:
-        raise ValueError(f"m is {m}; the counters have at least one step")
+    _whole("m", m, 1)
     size = (m + 1) ** 2
     s, a = (x.ravel() for x in np.mgrid[:size, :9])
     i, j = np.divmod(s, m + 1)
@@ -89,7 +92,11 @@ def random_aggregated(
     """A random world whose states are seen in groups of equal size, as nearly as may be.
 
     Rows of transitions are normalised Gamma(.3) draws, rewards uniform in [0, 1]; starts in 0.
+    Raises ValueError for a number below 1, and for more observations than states.
     """
+    _whole("num_states", num_states, 1)
+    _whole("num_actions", num_actions, 1)
+    _whole("num_obs", num_obs, 1, num_states)
     rng = np.random.default_rng(seed)
     transition = rng.gamma(0.3, size=(num_states, num_actions, num_states))
     transition /= transition.sum(-1, keepdims=True)
@@ -118,36 +125,39 @@ def cartpole(bins: int = 10, *, repeat: int = 2) -> Problem:
 
     An action is applied `repeat` times; the state that it leads to is spread over the 16 nodes
     around it with the weights of multilinear interpolation, so that its mean is kept (Kushner &
-    Dupuis, 2001). Reward 1 until the pole falls or the cart leaves; then nothing, for ever. Starts
-    at rest in the middle. Raises ValueError for less than 2 bins.
+    Dupuis, 2001), but for velocities, which are clipped to the grid. Reward 1 until the pole falls
+    or the cart leaves, at the ends of the grid; then nothing, for ever. Starts at rest in the
+    middle. Raises ValueError unless bins >= 2 and repeat >= 1.
     """
     from gymnax.environments.classic_control.cartpole import CartPole, EnvState
 
-    if bins < 2:
-        raise ValueError(f"bins is {bins}; a grid has at least 2 nodes along each axis")
+    _whole("bins", bins, 2)
+    _whole("repeat", repeat, 1)
     env = CartPole()
     params = env.default_params
     limit = np.array([params.x_threshold, 3.0, params.theta_threshold_radians, 3.5])
-    axes = [np.linspace(-b, b, bins + 2)[1:-1] for b in limit]  # the ends themselves have fallen
-    nodes = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 4)
+    axes = [np.linspace(-b, b, bins + 2) for b in limit]  # with the ends, where it has fallen
+    nodes = np.stack(np.meshgrid(*(axis[1:-1] for axis in axes), indexing="ij"), -1).reshape(-1, 4)
     size = len(nodes)
     fallen = size
+    number = np.pad(np.arange(size).reshape((bins,) * 4), 1, constant_values=fallen).ravel()
 
     @jax.jit
     @partial(jax.vmap, in_axes=(0, None))
     @partial(jax.vmap, in_axes=(None, 0))
     def move(node, action):
-        state, gone = (
-            EnvState(time=0, x=node[0], x_dot=node[1], theta=node[2], theta_dot=node[3]),
-            False,
-        )
+        x, x_dot, theta, theta_dot = node
+        state, gone = EnvState(0, x, x_dot, theta, theta_dot), False
         for _ in range(repeat):
             _, state, _, terminated, _ = env.step_env(jr.key(0), state, action, params)
             gone |= terminated
         return jnp.stack([state.x, state.x_dot, state.theta, state.theta_dot]), gone
 
     moved, gone = map(np.asarray, move(jnp.asarray(nodes), jnp.arange(2)))
-    corner, weight = _interpolate(np.concatenate([moved.reshape(-1, 4), np.zeros((3, 4))]), axes)
+    inside = [np.inf, axes[1][-2], np.inf, axes[3][-2]]  # velocities are clipped
+    moved = np.clip(moved.reshape(-1, 4), np.negative(inside), inside)
+    corner, weight = _interpolate(np.concatenate([moved, np.zeros((3, 4))]), axes)
+    corner = number[corner]
     start = np.bincount(corner[-1], weight[-1], size + 1)
     gone = np.append(gone, [True, True])[:, None]  # what has fallen lies
     s, a = (np.repeat(x, 16) for x in np.mgrid[: size + 1, :2])
@@ -178,12 +188,18 @@ def cartpole(bins: int = 10, *, repeat: int = 2) -> Problem:
 
 
 TRAPS: dict[str, Callable[[], Problem]] = {
-    "twostate": partial(chain, 1, 0.5),
+    "twostate": two_states,
     "chain": chain,
     "matching": matching,
     "aggregated": random_aggregated,
     "cartpole": cartpole,
 }
+
+
+def _whole(name: str, value: int | float, least: int, most: int | float = np.inf) -> None:
+    if value != int(value) or not least <= value <= most:
+        above = f" to {most}" if most < np.inf else " on"
+        raise ValueError(f"{name} is {value}; it has to be a whole number from {least}{above}")
 
 
 def _interpolate(points: np.ndarray, axes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

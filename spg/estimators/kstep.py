@@ -51,7 +51,10 @@ def responsibilities(
 
 
 def discounted_returns(segment: Transition, *, gamma: Scalar) -> Float[Array, " T"]:
-    """γ^t G_t within the episode, t counted from its start: the weight of a draw at step t."""
+    """γ^t G_t within the episode, t counted from its start: the weight of a draw at step t.
+
+    An episode that the segment's end cuts off loses the rest of its return.
+    """
     time = segment.z[:, 0]
     going = ~(segment.terminated | segment.truncated)
     decay = jnp.append(going[:-1], False).astype(segment.reward.dtype)
@@ -80,8 +83,9 @@ def hold(
 ) -> tuple[Transition, Int[Array, ""], Int[Array, ""]]:
     """A trajectory that holds `component` in window M, with M and how many windows it lives on.
 
-    Both numbers are geometric, P(n) = (1 - γ^k) γ^{kn}. Of `num_steps` from a reset, what a window
-    beyond them would have earned is missing, γ^{num_steps} of the return at most.
+    Both numbers are geometric, P(n) = (1 - γ^k) γ^{kn}. What lies beyond T = `num_steps` is
+    missing, about γ^T (1 + (1 - γ^k) T/k) of the estimate; after the end of an episode rewards are
+    0.
     """
     cell: Any = kernel.cell
     start_key, time_key, key = jr.split(key, 3)
@@ -90,7 +94,9 @@ def hold(
     forced = eqx.tree_at(lambda k: k.cell, kernel, ForcedHeld(cell, window, component))
     carry = reset(forced, env, env_params, key=start_key)
     _, traj, _ = rollout(forced, env, env_params, carry, num_steps=num_steps, key=key)
-    return traj, window, life
+    ended = jnp.cumsum(traj.terminated | traj.truncated)
+    alive = jnp.append(True, ended[:-1] == 0)
+    return traj._replace(reward=traj.reward * alive), window, life
 
 
 def direct_estimate(

@@ -154,6 +154,12 @@ def _head(
                 f"the {slots.shape[1]} agents would share what they see by --memory "
                 f"{config.memory}; kstep shares a seed alone, none nothing; the oracle is one agent"
             )
+        seen = env.observation_space(env_params).shape[0]
+        if seen != slots.max() + 1:
+            raise ValueError(
+                f"the agents see {slots.max() + 1} entries, and {seen} are shown: --observe all, "
+                "without --previous-action"
+            )
         num_actions = round(space.n ** (1 / slots.shape[1]))
         return TeamHead(slots, [*sizes, num_actions], gain=gain, key=key)
     if isinstance(space, spaces.Discrete):

@@ -6,8 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from spg.distributions import Categorical, Law, Normal
 from spg.kernels.networks import MLP
@@ -41,7 +40,7 @@ class TeamHead(eqx.Module):
     """
 
     mlp: MLP
-    sees: Float[Array, "I o"]  # 1 where agent i sees the entry
+    sees: Bool[Array, "I o"]  # agent i sees the entry
 
     def __init__(
         self,
@@ -53,10 +52,10 @@ class TeamHead(eqx.Module):
     ):
         """`sizes` end with the number of actions of one agent."""
         self.mlp = MLP(sizes, gain=gain, key=key)
-        self.sees = jnp.array([np.isin(np.arange(slots.max() + 1), s) * 1.0 for s in slots.T])
+        self.sees = jnp.array([np.isin(np.arange(slots.max() + 1), s) for s in slots.T])
 
     def __call__(self, obs: Float[Array, " o"], z_next: Float[Array, " n"]) -> Categorical:
-        own = lax.stop_gradient(self.sees) * obs
+        own = jnp.where(self.sees, obs, 0.0)
         logits = jax.vmap(lambda o: self.mlp(jnp.concatenate([o, z_next])))(own)
         joint = jnp.zeros(1)
         for one in jax.nn.log_softmax(logits):

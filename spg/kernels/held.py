@@ -44,7 +44,7 @@ class HeldLaw(eqx.Module):
 
     def log_prob(self, x: Int[Array, " n"]) -> Float[Array, ""]:
         """log w_c where a window opens, and Σ log p_c(a | slot) over the slots not held before."""
-        drawn = self.opens * jax.nn.log_softmax(self.mixture)[x[1]]
+        drawn = jnp.where(self.opens, jax.nn.log_softmax(self.mixture)[x[1]], 0.0)
         return drawn + self.new_actions(x)[x[1]]
 
     def new_actions(self, z_next: Int[Array, " n"]) -> Float[Array, " C"]:
@@ -111,7 +111,7 @@ class HeldHead(eqx.Module):
 
 def held_kernel(
     logits: Float[Array, "C L A"],
-    mixture: Float[Array, " C"] | None = None,
+    mixture: Float[Array, " _"] | None = None,
     *,
     k: int | Int[Array, ""],
     slots: Int[np.ndarray, "O I"] | None = None,
@@ -119,16 +119,21 @@ def held_kernel(
     """The policy that draws one of C product laws, and its actions, for k steps at a time.
 
     Without `slots` a single agent sees each of L observations apart; `mixture` is even by default.
-    Raises ValueError for k < 1, and if two agents share a slot or a slot is beyond L.
+    Raises ValueError for k < 1, another number of logits in `mixture`, a slot that is none of L,
+    and one that two agents share.
     """
     num_components, num_slots, num_actions = logits.shape
     if not isinstance(k, core.Tracer) and k < 1:
         raise ValueError(f"k is {k}; a window has at least 1 step")
     slots = np.arange(num_slots)[:, None] if slots is None else slots
-    if any(len(set(row)) < len(row) for row in slots.tolist()):
-        raise ValueError("two agents share a slot; a slot is of one agent")
-    if slots.min() < 0 or slots.max() >= num_slots:
-        raise ValueError(f"slot {slots.max()} is out of range: there are {num_slots}")
+    bad = slots[(slots < 0) | (slots >= num_slots)]
+    if bad.size:
+        raise ValueError(f"slot {bad[0]} is out of range: there are {num_slots}")
+    unique, agents = np.unique(np.concatenate([np.unique(s) for s in slots.T]), return_counts=True)
+    if (agents > 1).any():
+        raise ValueError(f"two agents share slot {unique[agents > 1][0]}; a slot is of one agent")
+    if mixture is not None and mixture.shape != (num_components,):
+        raise ValueError(f"mixture has {mixture.size} logits for {num_components} components")
     places = jnp.asarray(slots, int)
     mixture = jnp.zeros(num_components, logits.dtype) if mixture is None else mixture
     cell = Held(mixture, logits, places, jnp.asarray(k, int))
@@ -157,7 +162,7 @@ class ForcedHeld(eqx.Module):
     def replay(
         self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
     ) -> tuple[Float[Array, " L"], Int[Array, "L n"]]:
-        return self.cell.replay(obs, z, z_next, first, z0)
+        return jax.vmap(lambda o, z, z_next: self(o, z).log_prob(z_next))(obs, z, z_next), z_next
 
 
 class SeedLaw(eqx.Module):
