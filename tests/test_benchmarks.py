@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tyro
 
-from scripts.benchmarks import controllers, gamp_scale, gpomdp_variance, memory
+from scripts.benchmarks import controllers, gamp_scale, gpomdp_variance, kstep, memory
 from spg.envs.problems import load_unload, tiger
 from spg.records import RunError
 
@@ -122,3 +122,13 @@ def test_expectation_over_istates_lowers_the_variance():
     for baseline in gpomdp_variance.BASELINES:
         assert variance["istate", baseline] > 5 * variance["exp", baseline]
     assert all(r.cosine > 0.8 for r in rows)
+
+
+def test_kstep_gradients_are_those_of_the_loops(tmp_path):
+    """Dense loops over many worlds, and sparse ones in a large world, whose times are compared."""
+    config = kstep.Config(num_worlds=3, bins=3, repeats=1)
+    with jax.enable_x64(True):
+        rows = kstep.many(config, tmp_path) + kstep.large(config, tmp_path)
+    assert len(rows) == 7
+    assert all(float(row["difference"]) < 1e-10 for row in rows)
+    assert all(float(row["seconds"]) > 0 for row in rows)
