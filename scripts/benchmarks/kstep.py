@@ -24,7 +24,6 @@ import ppo
 import reinforce
 import tyro
 from scipy import sparse
-from scipy.sparse.linalg import LinearOperator, bicgstab
 
 from spg import cli, kstep, plotting, records
 from spg.models import SparsePOMDP, dense
@@ -185,7 +184,7 @@ def _chains(pomdp: SparsePOMDP, policies: np.ndarray) -> list[tuple[sparse.csr_a
 
 
 def _sparse_loop(pomdp: SparsePOMDP, chains: list, weights: Any, k: int) -> np.ndarray:
-    gamma, size = 0.95, len(pomdp.start)
+    gamma = 0.95
     weights, start = np.asarray(weights), np.asarray(pomdp.start)
 
     def hold(chain, gain, x):
@@ -194,12 +193,15 @@ def _sparse_loop(pomdp: SparsePOMDP, chains: list, weights: Any, k: int) -> np.n
         return x
 
     def solve(mix, rhs):
-        operator = LinearOperator((size, size), lambda x: x - mix(x))
-        return bicgstab(operator, rhs, rtol=1e-12, atol=0)[0]
+        x, change = rhs, np.inf
+        while change > 1e-15 * np.abs(x).max():
+            x, before = rhs + mix(x), x
+            change = np.abs(x - before).max()
+        return x
 
     ahead = lambda x: sum(w * hold(c, 0, x) for w, (c, _) in zip(weights, chains, strict=True))
     behind = lambda x: sum(w * hold(c.T, 0, x) for w, (c, _) in zip(weights, chains, strict=True))
-    zero = np.zeros(size)
+    zero = np.zeros(len(start))
     reward = sum(w * hold(c, gain, zero) for w, (c, gain) in zip(weights, chains, strict=True))
     value, law = solve(ahead, reward), solve(behind, start)
     return np.array([law @ hold(c, gain, value) for c, gain in chains])
