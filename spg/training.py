@@ -77,7 +77,8 @@ def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
     roots = jax.vmap(lambda seed: jr.split(jr.key(seed)))(jnp.asarray(seeds))
     keys, eval_roots = (jax.device_put(roots[:, i], sharding) for i in range(2))
     # on one device: batches of QR, in orthogonal weights, on two at once block both (jaxlib 0.10)
-    state = jax.device_put(jax.jit(jax.vmap(algorithm.init))(roots[:, 0]), sharding)
+    state = jax.jit(jax.vmap(algorithm.init))(roots[:, 0])
+    state = jax.jit(over_seeds(lambda x: x, in_specs=PartitionSpec("seed")))(state)
     specs = (PartitionSpec("seed"), PartitionSpec())
     train = jax.jit(
         over_seeds(partial(_updates, algorithm, size), in_specs=specs), donate_argnums=0

@@ -172,13 +172,13 @@ def _chains(pomdp: SparsePOMDP, policies: np.ndarray) -> list[tuple[sparse.csr_a
     )  # fmt: skip
     states = np.arange(len(successor))
     mean_reward = np.asarray(pomdp.mean_reward())
-    ends = np.arange(0, successor[:, 0].size + 1, successor.shape[2])
     chains = []
     for policy in policies:
         action = policy[observation]
-        entries = probability[states, action].ravel(), successor[states, action].ravel(), ends
-        chain = sparse.csr_array(entries, (len(states), len(states)))
-        chain.eliminate_zeros()
+        mass, to = probability[states, action], successor[states, action]
+        row, slot = np.nonzero(mass)
+        places = mass[row, slot], (row, to[row, slot])
+        chain = sparse.csr_array(sparse.coo_array(places, (len(states), len(states))))
         chains.append((chain, mean_reward[states, action]))
     return chains
 
