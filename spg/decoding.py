@@ -49,6 +49,8 @@ def constants(model: HMM, *, nodes: int = 64) -> Constants:
         raw = np.asarray(model.transition)[0].argmax(0)
         states = states[raw == permutation[0]]  # a transient state has been made to stay
         paths = _paths(permutation[0], states)
+    if len(states) < 2:
+        raise ValueError("fewer than two recurrent states: there is nothing to tell apart")
     period = len(paths)
     law = emission[:, paths]  # [O, M, S]
     p, ratio = law[..., None], np.log(law)[..., :, None] - np.log(law)[..., None, :]

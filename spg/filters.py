@@ -148,8 +148,14 @@ def log_forward_filter(model: HMM) -> LogForwardFilter:
     return LogForwardFilter(*(_floats(_log(x)) for x in checked(model)))
 
 
-def exact_filter(model: HMM, *, centred: bool = True, method: Method = "auto") -> LinearFilter:
-    """LOF. Raises ValueError, naming the column, unless every T(a) is a permutation."""
+def exact_filter(
+    model: HMM, *, least: float = 0.0, centred: bool = True, method: Method = "auto"
+) -> LinearFilter:
+    """LOF. Raises ValueError, naming the column, unless every T(a) is a permutation.
+
+    Emissions and starts below `least` count as that, where the permutations are an approximation
+    and may rule out what happens. In single precision be `centred` beyond some 10^4 steps.
+    """
     model = checked(model)
     for a, matrix in enumerate(model.transition):
         target = matrix.argmax(0)
@@ -163,7 +169,7 @@ def exact_filter(model: HMM, *, centred: bool = True, method: Method = "auto") -
                     f"the exact filter needs permutations, but column {s} of T({a}) {wrong}; "
                     "leaky_filter is for nearly deterministic transitions"
                 )
-    evidence, init = _log(model.emission), _log(model.start)
+    evidence, init = (_log(np.maximum(x, least)) for x in (model.emission, model.start))
     return _linear(model, evidence, 1.0, init, centred=centred, method=method)
 
 
@@ -173,8 +179,11 @@ def leaky_filter(
     """ALF of δ = `decay`, with Π(a) of the nearly deterministic T(a): see `deterministic_part`.
 
     Emissions below `least` count as that, where Assumption 5.3 wants positive ones: a state that
-    was ruled out can be returned to. Raises ValueError for a decay outside (0, 1).
+    was ruled out can be returned to; w starts as δ log of the start law. Raises ValueError for a
+    decay outside (0, 1), and unless `least` is positive.
     """
+    if not least > 0:
+        raise ValueError(f"least is {least}; it has to be positive")
     if not 0 < decay < 1:
         raise ValueError(f"decay is {decay}; it has to be inside (0, 1)")
     model = deterministic_part(model)

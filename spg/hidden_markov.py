@@ -20,7 +20,10 @@ class HMM(NamedTuple):
 
 
 def hmm(pomdp: POMDP) -> HMM:
-    """The hidden Markov model of a finite world."""
+    """The hidden Markov model of a finite world, dense. Raises ValueError for 10^8 entries of T."""
+    size, num_actions = pomdp.start.size, pomdp.num_actions
+    if num_actions * size**2 >= 1e8:
+        raise ValueError(f"{num_actions} actions and {size} states are too many for dense filters")
     world = dense(pomdp) if isinstance(pomdp, SparsePOMDP) else pomdp
     transition, emission, _, start = map(np.asarray, world)
     return HMM(transition.transpose(1, 2, 0), emission.T, start)

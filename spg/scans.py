@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from math import isqrt
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +47,12 @@ def linear_scan(
     """
     if len(decay) != len(u):
         raise ValueError(f"{len(decay)} steps of decay, {len(u)} of u")
+    if method not in get_args(Method):
+        raise ValueError(f"unknown method {method!r}; choose from {', '.join(get_args(Method))}")
     dense = decay.ndim == u.ndim + 1
     if not dense:
         decay = decay.reshape(decay.shape + (1,) * (u.ndim - decay.ndim))
-    dtype = jnp.result_type(decay, u)
+    dtype = jnp.result_type(decay, u, *([] if init is None else [init]))
     decay, u = decay.astype(dtype), u.astype(dtype)
     init = jnp.zeros(u.shape[1:], dtype) if init is None else jnp.asarray(init, dtype)
     if method == "auto":

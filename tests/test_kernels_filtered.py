@@ -99,14 +99,6 @@ def test_what_the_head_sees(played):
     assert features["belief"](alf) is features["alf"](alf) is features["lof"](alf) is alf
 
 
-@pytest.mark.parametrize("feature", ["lof-softmax", "alf"])
-def test_standardised_observations_are_read_the_same(feature, played):
-    kernel, traj, _ = played[feature]
-    other = eqx.tree_at(lambda k: k.normalizer, kernel, kernel.normalizer.update(traj.obs))
-    assert not jnp.allclose(jax.vmap(other.normalizer)(traj.obs), traj.obs)
-    np.testing.assert_allclose(replay(other, traj), replay(kernel, traj), rtol=1e-10)
-
-
 def test_filters_have_no_gradient(played):
     kernel, traj, _ = played["alf"]
     gradient = eqx.filter_jit(eqx.filter_grad(lambda k: k.replay(traj).log_prob.sum()))(kernel)
@@ -125,3 +117,11 @@ def test_observations_without_the_previous_action_are_refused():
     location, z0, _ = filter_cell(swap_hmm(0.1, controlled=True).pomdp, "alf")
     with pytest.raises(ValueError, match="2 entries of the observation and 2 of the action"):
         location(jnp.array([1.0, 0.0]), z0)
+
+
+def test_log_domain_filter_of_slipping_worlds_does_not_rule_out_what_happens():
+    """From a certain start, by permutations that hold most of the time: evidence moves it."""
+    location, z, _ = filter_cell(swap_hmm(0.05, controlled=True).pomdp, "lof-softmax")
+    for _ in range(10):  # the same side again and again, though it should swap
+        z = location(jnp.array([1.0, 0.0, 1.0, 0.0]), z)
+    assert jnp.abs(z).max() < 50

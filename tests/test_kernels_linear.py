@@ -199,3 +199,21 @@ def test_the_factory_stacks_layers_and_refuses_what_cannot_be():
             PolicyConfig(cell=cell, num_layers=num_layers).check(4)
     with pytest.raises(ValueError, match="--previous-action"):
         make_kernel(PolicyConfig(cell="leaky"), *env, key=jr.key(0))
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 1.2])
+def test_decays_out_of_range_are_refused(decay):
+    for make in (Linear, LRU, Gated):
+        with pytest.raises(ValueError, match=rf"max_decay is {decay}; it has to be inside \(0, 1\)"):
+            make(2, 4, max_decay=decay, key=jr.key(0))
+    with pytest.raises(ValueError, match=f"leak is {decay}"):
+        LeakyFilter(4, 4, 2, leak=decay, key=jr.key(0))
+
+
+def test_gradient_of_a_slow_unit_is_finite_in_single_precision():
+    """λ rounds to 1 there, and √(1 - λ²) to 0, if computed so."""
+    unit = eqx.tree_at(lambda u: u.nu, Linear(2, 3, key=jr.key(0)), jnp.full(3, -20.0))
+    unit = jax.tree.map(lambda x: x.astype(jnp.float32), unit)
+    obs, z = jnp.ones(2, jnp.float32), jnp.ones(3, jnp.float32)
+    gradient = eqx.filter_grad(lambda u: u(obs, z).sum())(unit)
+    assert jnp.isfinite(gradient.nu).all()

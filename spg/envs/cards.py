@@ -25,6 +25,8 @@ class RecallCardsParams:
     def __post_init__(self):
         if self.num_cards < 1:
             raise ValueError(f"num_cards is {self.num_cards}; it has to be at least 1")
+        if isinstance(self.pause, int) and self.pause < 0:
+            raise ValueError(f"pause is {self.pause}; it has to be at least 0")
 
     @property
     def max_steps_in_episode(self) -> Any:

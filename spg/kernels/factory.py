@@ -40,7 +40,7 @@ class PolicyConfig:
     """what the head sees (filter): the belief, logits of the log-domain or of the leaky filter, or
     their softmax, at temperature 1 or (alf-belief) leak"""
     leak: float = 0.1
-    """δ of the leaky filter (filter)"""
+    """δ of the leaky filter (filter), where it starts (cell leaky)"""
     state_std: float = 0.2
     """initial standard deviation of the noise on z' (s2pg); it is learned"""
     segment_length: int = 0
@@ -70,6 +70,8 @@ class PolicyConfig:
                 f"num_layers is {self.num_layers}; it has to be 1 for {self.cell}, "
                 "and at least 1 for linear, lru and gated"
             )
+        if not 0 < self.leak < 1:
+            raise ValueError(f"leak is {self.leak}; it has to be inside (0, 1)")
         if self.action_std <= 0:
             raise ValueError(f"action_std is {self.action_std}; it has to be positive")
         return num_segments(num_steps, self.length(num_steps))
@@ -94,8 +96,8 @@ def make_kernel(config: PolicyConfig, env: Any, env_params: Any, *, key: PRNGKey
     normalizer, feature = Normalizer(obs_size), None
     cell: Cell
     if config.memory == "filter":
-        location, z0, feature = _filter(config, env)
-        cell = Computed(location)
+        location, z0, feature = _filter(config, env, obs_size)
+        cell, normalizer = Computed(location), Identity()
     elif config.memory == "window":
         cell, z0 = Computed(Window()), jnp.zeros(config.window * obs_size)
     elif config.memory == "kstep":
@@ -118,21 +120,28 @@ def make_kernel(config: PolicyConfig, env: Any, env_params: Any, *, key: PRNGKey
     return Kernel(cell, head, normalizer, z0)
 
 
-def _filter(config: PolicyConfig, env: Any) -> Any:
+def _filter(config: PolicyConfig, env: Any, obs_size: int) -> Any:
     pomdp = getattr(getattr(env, "inner", None), "pomdp", None)
-    if pomdp is None or not env.previous_action:
+    shown = 0 if pomdp is None else pomdp.num_obs + pomdp.num_actions
+    if pomdp is None or not env.previous_action or obs_size != shown:
         raise ValueError(
-            "--memory filter is for finite worlds, as ringworld-pomdp, with --previous-action"
+            "--memory filter is for finite worlds, as ringworld-pomdp, with --observe all "
+            "--previous-action"
         )
     with jax.ensure_compile_time_eval():  # the model is checked
         return filter_cell(pomdp, config.filter, decay=config.leak)
 
 
 def _recurrent(config: PolicyConfig, env: Any, obs_size: int, *, key: PRNGKeyArray) -> Location:
+    from gymnax.environments import spaces  # here: importing gymnax starts JAX's backend
+
     if config.cell == "leaky":
         if not env.previous_action:
             raise ValueError("--cell leaky turns its state by the last action: --previous-action")
-        return LeakyFilter(obs_size, config.z_size, env.num_actions, key=key)
+        if not isinstance(env.action_space(), spaces.Discrete):
+            raise ValueError("--cell leaky turns its state by the last action; it is not discrete")
+        size = config.z_size
+        return LeakyFilter(obs_size, size, env.num_actions, leak=config.leak, key=key)
     make = {"gru": GRU, "linear": Linear, "lru": LRU, "gated": Gated}[config.cell]
     if config.num_layers == 1:
         return make(obs_size, config.z_size, key=key)

@@ -7,6 +7,7 @@ where an episode opens (`previous_action` of `spg.envs.make`).
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,10 +21,7 @@ FEATURES = ("belief", "lof", "lof-softmax", "alf", "alf-softmax", "alf-belief")
 
 
 class FilterCell(eqx.Module):
-    """A location: z' = filter(z, o, a), constant to gradients.
-
-    The largest entries are read of standardised one-hots too: there 1 is above 0 and 0 is not.
-    """
+    """A location: z' = filter(z, o, a), constant to gradients. Observations are not normalised."""
 
     filter: Filter
     num_obs: int = eqx.field(static=True)
@@ -79,6 +77,8 @@ def filter_cell(
 ) -> tuple[FilterCell, Float[Array, " S"], Feature]:
     """(location, z0, what head and critic are to see of z), for a world that is known.
 
+    To be made outside of `jit`, for the model is checked.
+
     | feature | z | seen |
     | --- | --- | --- |
     | belief | the belief, by the forward filter | z |
@@ -97,7 +97,9 @@ def filter_cell(
     if kind == "belief":
         rule = forward_filter(model)
     elif kind == "lof":
-        rule = exact_filter(deterministic_part(model), centred=bool(seen))
+        likely = deterministic_part(model)
+        exact = np.allclose(likely.transition, model.transition)
+        rule = exact_filter(likely, least=0.0 if exact else 1e-6, centred=bool(seen))
     else:
         rule = leaky_filter(model, decay=decay)
     temperature = {"": None, "softmax": 1.0, "belief": decay}[seen]

@@ -77,7 +77,8 @@ class Linear(LinearUnit):
         return jnp.exp(-jnp.exp(self.nu))
 
     def affine(self, obs: Float[Array, " o"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-        return self.decay, jnp.sqrt(1 - self.decay**2) * self.inputs(obs)
+        scale = jnp.sqrt(-jnp.expm1(-2 * jnp.exp(self.nu)))  # √(1 - λ²), also where λ is near 1
+        return self.decay, scale * self.inputs(obs)
 
 
 class LRU(LinearUnit):
@@ -106,6 +107,7 @@ class LRU(LinearUnit):
         key: PRNGKeyArray,
     ):
         """λ starts uniform in the ring of these radii, θ up to `max_phase` (theirs for Path-X)."""
+        _inside(min_decay=min_decay, max_decay=max_decay)
         size = _half(z_size)
         input_key, decay_key, phase_key = jr.split(key, 3)
         square = jr.uniform(decay_key, (size,), minval=min_decay**2, maxval=max_decay**2)
@@ -185,6 +187,7 @@ class LeakyFilter(LinearUnit):
         key: PRNGKeyArray,
     ):
         """Phases start uniform in the circle, emission logits standard normal, δ at `leak`."""
+        _inside(leak=leak)
         size = _half(z_size)
         emission_key, phase_key = jr.split(key)
         self.logits = jr.normal(emission_key, (obs_size - num_actions, size))
@@ -204,8 +207,15 @@ class LeakyFilter(LinearUnit):
 
 def _log_rates(size: int, min_decay: float, max_decay: float, *, key: PRNGKeyArray) -> Array:
     """log(-log λ), uniform between those of the two given decays."""
+    _inside(min_decay=min_decay, max_decay=max_decay)
     low, high = jnp.log(-jnp.log(max_decay)), jnp.log(-jnp.log(min_decay))
     return jr.uniform(key, (size,), minval=low, maxval=high)
+
+
+def _inside(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name} is {value}; it has to be inside (0, 1)")
 
 
 def _half(z_size: int) -> int:
