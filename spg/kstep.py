@@ -91,8 +91,9 @@ def solve(
 
     One linear equation for each of V and ν. Of a `TabularPOMDP` it is solved directly, after k
     products of the transition matrix with N S vectors; of a `SparsePOMDP` by iteration of k
-    products with N vectors, log(1/ε) / log(1/γ) in all whatever k is, for rounding ε. Observations
-    may be random; they are drawn anew at every step. Differentiable where k and γ are not traced.
+    products with N vectors, log(1/ε) / log(1/γ) at most whatever k is, for rounding ε. Observations
+    may be random; they are drawn anew at every step. The solution of a `TabularPOMDP` is
+    differentiable where k is not traced.
 
     Raises ValueError for k < 1, gamma outside (0, 1), weights off the simplex, and an empty list
     of policies, one that repeats a policy or has a wrong shape or action. Traced values go
@@ -297,13 +298,20 @@ def _known(x: object) -> bool:
 
 
 def _fixed_point(rest, rhs: Float[Array, " S"], k: Steps, gamma: Scalar) -> Float[Array, " S"]:
-    """x = rhs + rest(x) by iteration: `rest` contracts by γ^k, so the error is known beforehand."""
-    digits = math.log(float(jnp.finfo(rhs.dtype).eps))
-    if _known(k) and _known(gamma):
-        count: Steps = math.ceil(digits / (int(k) * math.log(float(gamma))))
-    else:
-        count = jnp.ceil(digits / (k * jnp.log(gamma))).astype(int)
-    return lax.fori_loop(0, count, lambda _, x: rhs + rest(x), rhs)
+    """x = rhs + rest(x) by iteration, until only rounding moves x.
+
+    `rest` contracts by γ^k, or faster where episodes end, so the count is bounded beforehand.
+    """
+    eps = jnp.finfo(rhs.dtype).eps
+    most = jnp.ceil(jnp.log(eps) / (k * jnp.log(gamma)))
+
+    def step(state):
+        x, _, count = state
+        moved = rhs + rest(x)
+        return moved, jnp.abs(moved - x).max() > eps * jnp.abs(moved).max(), count + 1
+
+    going = lambda state: state[1] & (state[2] < most)
+    return lax.while_loop(going, step, (rhs, jnp.array(True), 0))[0]
 
 
 def _relative(error: Array, of: Array) -> Float[Array, ""]:

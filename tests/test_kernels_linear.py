@@ -204,7 +204,9 @@ def test_the_factory_stacks_layers_and_refuses_what_cannot_be():
 @pytest.mark.parametrize("decay", [0.0, 1.0, 1.2])
 def test_decays_out_of_range_are_refused(decay):
     for make in (Linear, LRU, Gated):
-        with pytest.raises(ValueError, match=rf"max_decay is {decay}; it has to be inside \(0, 1\)"):
+        with pytest.raises(
+            ValueError, match=rf"max_decay is {decay}; it has to be inside \(0, 1\)"
+        ):
             make(2, 4, max_decay=decay, key=jr.key(0))
     with pytest.raises(ValueError, match=f"leak is {decay}"):
         LeakyFilter(4, 4, 2, leak=decay, key=jr.key(0))
