@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy import stats
@@ -57,10 +58,11 @@ def learning_curve(path: Path, curves: list[Curve], *, title: str) -> None:
 
     Lines are interquartile means over seeds, bands 95 % bootstrap intervals of the sampled policy.
     """
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    many = len(curves) > 10
+    figure = Figure(figsize=(8.0, 6.0) if many else (6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     for i, curve in enumerate(curves):
-        color = f"C{i}"
+        color = colormaps["tab20"](i) if many else f"C{i}"
         low, high = interval(curve.returns)
         axes.plot(curve.steps, iqm(curve.returns), color=color, label=curve.label)
         axes.fill_between(curve.steps, low, high, color=color, alpha=0.2, linewidth=0)

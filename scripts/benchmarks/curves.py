@@ -62,7 +62,7 @@ RINGWORLD: dict[str, dict[str, Any]] = {
     "LRU-12": {"memory": "bptt", "cell": "lru", "z_size": 24},
     "LRU-64": {"memory": "bptt", "cell": "lru", "z_size": 128},
     **{name: UNITS[name] for name in ("linear-64", "gated-64", "GRU-64")},
-    **{name: METHODS[name] for name in ("S2PG", "S2PG linear", "none", "oracle")},
+    **{name: METHODS[name] for name in ("S2PG", "S2PG linear", "none")},
 }
 
 
