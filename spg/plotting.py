@@ -75,7 +75,8 @@ def learning_curve(path: Path, curves: list[Curve], *, title: str) -> None:
     )
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    ncols = 4 if max(len(curve.label) for curve in curves) <= 16 else 3
+    figure.legend(loc="outside lower center", ncols=ncols, fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)
 
 

@@ -12,11 +12,10 @@ from spg import envs
 from spg.envs.hidden_markov import ringworld, swap_hmm
 from spg.filters import forward_filter
 from spg.hidden_markov import hmm
-from spg.kernels.cells import Computed
 from spg.kernels.filtered import FEATURES, FeatureHead, filter_cell
 from spg.kernels.heads import CategoricalHead
 from spg.kernels.kernel import Kernel
-from spg.kernels.networks import Normalizer
+from spg.kernels.networks import Identity
 from spg.rollout import reset, rollout
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -27,9 +26,9 @@ NUM_STEPS = 130  # more than an episode
 def play(feature, epsilon):
     """A kernel with this memory, its rollout in RingWorld, and what the head saw."""
     env, params = envs.make("ringworld-pomdp", previous_action=True, epsilon=epsilon)
-    location, z0, seen = filter_cell(env.inner.pomdp, feature, decay=0.2)
+    cell, z0, seen = filter_cell(env.inner.pomdp, feature, decay=0.2)
     head = FeatureHead(jitter(CategoricalHead([8 + 12, 4], key=jr.key(0)), jr.key(1)), seen)
-    kernel = Kernel(Computed(location), head, Normalizer(8), z0)
+    kernel = Kernel(cell, head, Identity(), z0)
 
     @eqx.filter_jit
     def run(kernel):
@@ -38,13 +37,6 @@ def play(feature, epsilon):
         return traj, seen(traj.z_next)
 
     return kernel, *run(kernel)
-
-
-@eqx.filter_jit
-def replay(kernel, traj):
-    """z' of a replayed segment."""
-    obs = jax.vmap(kernel.normalizer)(traj.obs)
-    return kernel.cell.replay(obs, traj.z, traj.z_next, traj.first, kernel.z0)[1]
 
 
 def true_belief(traj, epsilon):
@@ -62,14 +54,18 @@ def played(float64):
 
 
 @pytest.mark.parametrize("feature", PLAYED)
-def test_replay_of_a_segment_is_the_rollout(feature, played):
+def test_memory_of_a_rollout_is_the_filter_of_the_whole_sequence(feature, played):
     """Over the end of an episode, from the start and from a state in the middle of one."""
     kernel, traj, _ = played[feature]
     assert np.flatnonzero(traj.first).tolist() == [0, 100]
+    o, a = traj.obs[:, :4].argmax(1), traj.obs[:, 4:].argmax(1)
+    unroll = eqx.filter_jit(kernel.cell.filter.unroll)
     for start in (0, 7):
-        segment = jax.tree.map(lambda x: x[start:][: NUM_STEPS - 7], traj)  # noqa: B023
-        z = replay(kernel, segment)
-        np.testing.assert_allclose(z, segment.z_next, rtol=1e-9, atol=1e-9)
+        part = slice(start, start + NUM_STEPS - 7)
+        z = unroll(traj.z[start], o[part], a[part], traj.first[part])
+        np.testing.assert_allclose(z, traj.z_next[part], rtol=1e-9, atol=1e-9)
+    recorded = kernel.cell.replay(traj.obs, traj.z, traj.z_next, traj.first, traj.z[0])[1]
+    assert np.array_equal(recorded, traj.z_next)
 
 
 def test_belief_is_that_of_the_model(played):
@@ -114,14 +110,14 @@ def test_unknown_features_are_refused():
 
 
 def test_observations_without_the_previous_action_are_refused():
-    location, z0, _ = filter_cell(swap_hmm(0.1, controlled=True).pomdp, "alf")
+    cell, z0, _ = filter_cell(swap_hmm(0.1, controlled=True).pomdp, "alf")
     with pytest.raises(ValueError, match="2 entries of the observation and 2 of the action"):
-        location(jnp.array([1.0, 0.0]), z0)
+        cell(jnp.array([1.0, 0.0]), z0)
 
 
 def test_log_domain_filter_of_slipping_worlds_does_not_rule_out_what_happens():
     """From a certain start, by permutations that hold most of the time: evidence moves it."""
-    location, z, _ = filter_cell(swap_hmm(0.05, controlled=True).pomdp, "lof-softmax")
+    cell, z, _ = filter_cell(swap_hmm(0.05, controlled=True).pomdp, "lof-softmax")
     for _ in range(10):  # the same side again and again, though it should swap
-        z = location(jnp.array([1.0, 0.0, 1.0, 0.0]), z)
+        z = cell(jnp.array([1.0, 0.0, 1.0, 0.0]), z).mode()
     assert jnp.abs(z).max() < 50

@@ -235,7 +235,8 @@ def picture(path: Path, rows: list[dict[str, Any]]) -> None:
         axes[i, j].axhline(1.1, color="gray", linewidth=1, linestyle="--")
         axes[i, j].set(xscale="log", yscale="log", title=f"{dtype}, {which}")
         axes[i, j].grid(alpha=0.3)
-    figure.supxlabel("numbers in x: T x width x batch")
+    for ax in axes[-1]:
+        ax.set_xlabel("numbers in x: T x width x batch")
     figure.supylabel("time to that of the best of JAX's scans")
     figure.legend(loc="outside lower center", ncols=len(FORMS), fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)

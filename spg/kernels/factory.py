@@ -96,8 +96,8 @@ def make_kernel(config: PolicyConfig, env: Any, env_params: Any, *, key: PRNGKey
     normalizer, feature = Normalizer(obs_size), None
     cell: Cell
     if config.memory == "filter":
-        location, z0, feature = _filter(config, env, obs_size)
-        cell, normalizer = Computed(location), Identity()
+        cell, z0, feature = _filter(config, env, obs_size)
+        normalizer = Identity()
     elif config.memory == "window":
         cell, z0 = Computed(Window()), jnp.zeros(config.window * obs_size)
     elif config.memory == "kstep":

@@ -1,4 +1,4 @@
-"""Filters of a known model as memory: locations without parameters, and what a head sees of them.
+"""Filters of a known model as memory: cells without parameters, and what a head sees of them.
 
 The observation is a one-hot observation, followed by the one-hot action before it, which is zeros
 where an episode opens (`previous_action` of `spg.envs.make`).
@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from spg.distributions import Law
+from spg.distributions import Delta, Law
 from spg.filters import Filter, exact_filter, forward_filter, leaky_filter
 from spg.hidden_markov import deterministic_part, hmm
 from spg.kernels.heads import Head
@@ -21,24 +21,27 @@ FEATURES = ("belief", "lof", "lof-softmax", "alf", "alf-softmax", "alf-belief")
 
 
 class FilterCell(eqx.Module):
-    """A location: z' = filter(z, o, a), constant to gradients. Observations are not normalised."""
+    """A cell: z' = filter(z, o, a), without parameters, so that replay takes it as recorded.
+
+    Observations are not to be normalised.
+    """
 
     filter: Filter
     num_obs: int = eqx.field(static=True)
     num_actions: int = eqx.field(static=True)
 
-    def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Float[Array, " n"]:
-        return lax.stop_gradient(self.filter)(z, *self._read(obs))
+    def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Delta:
+        return Delta(lax.stop_gradient(self.filter)(z, *self._read(obs)))
 
-    def unroll(
+    def replay(
         self,
         obs: Array,
-        z: Float[Array, " n"],
+        z: Float[Array, "L n"],
+        z_next: Float[Array, "L n"],
         first: Bool[Array, " L"],
         z0: Float[Array, " n"],
-    ) -> Float[Array, "L n"]:
-        o, action, opens = jax.vmap(self._read)(obs)
-        return lax.stop_gradient(self.filter).unroll(z, o, action, first | opens)
+    ) -> tuple[Float[Array, " L"], Float[Array, "L n"]]:
+        return jnp.zeros(len(z_next)), z_next
 
     def _read(
         self, obs: Float[Array, " o"]
@@ -75,7 +78,7 @@ class FeatureHead(eqx.Module):
 def filter_cell(
     pomdp: POMDP, feature: str, *, decay: float = 0.1
 ) -> tuple[FilterCell, Float[Array, " S"], Feature]:
-    """(location, z0, what head and critic are to see of z), for a world that is known.
+    """(cell, z0, what head and critic are to see of z), for a world that is known.
 
     To be made outside of `jit`, for the model is checked.
 
