@@ -95,7 +95,7 @@ def make_env(config: EnvConfig, *, oracle: bool = False) -> tuple[Environment, A
     )
 
 
-def arguments(params: dict[str, float]) -> dict[str, int | float]:
+def arguments(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters as typed on the command line, whole numbers as integers."""
     return {k: int(v) if float(v).is_integer() else v for k, v in params.items()}
 
