@@ -197,7 +197,7 @@ TRAPS: dict[str, Callable[[], Problem]] = {
 
 
 def _whole(name: str, value: int | float, least: int, most: int | float = np.inf) -> None:
-    if value != int(value) or not least <= value <= most:
+    if not (np.isfinite(value) and value == int(value) and least <= value <= most):
         above = f" to {most}" if most < np.inf else " on"
         raise ValueError(f"{name} is {value}; it has to be a whole number from {least}{above}")
 
