@@ -1,6 +1,7 @@
 """From the words of a command line to a kernel: a word sets the cell, its noise, and L."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -30,7 +31,7 @@ class PolicyConfig:
     cell: Literal["gru", "linear", "lru", "gated", "leaky"] = "gru"
     """where z' lies (s2pg, bptt); leaky takes one-hot observations with --previous-action"""
     num_layers: int = 1
-    """of linear, lru or gated cells, one above the other (s2pg, bptt)"""
+    """of linear, lru or gated cells, one above the other, or of lru above leaky (s2pg, bptt)"""
     z_size: int = 16
     """size of the internal state, of all layers (s2pg, bptt), where a complex number takes two; the
     number of seeds (kstep)"""
@@ -65,10 +66,10 @@ class PolicyConfig:
             )
         if self.k < 1:
             raise ValueError(f"k is {self.k}; a window has at least 1 step")
-        if self.num_layers < 1 or (self.num_layers > 1 and self.cell in ("gru", "leaky")):
+        if self.num_layers < 1 or (self.num_layers > 1 and self.cell == "gru"):
             raise ValueError(
-                f"num_layers is {self.num_layers}; it has to be 1 for {self.cell}, "
-                "and at least 1 for linear, lru and gated"
+                f"num_layers is {self.num_layers}; it has to be 1 for gru, and at least 1 for the "
+                "linear cells"
             )
         if not 0 < self.leak < 1:
             raise ValueError(f"leak is {self.leak}; it has to be inside (0, 1)")
@@ -135,17 +136,17 @@ def _filter(config: PolicyConfig, env: Any, obs_size: int) -> Any:
 def _recurrent(config: PolicyConfig, env: Any, obs_size: int, *, key: PRNGKeyArray) -> Location:
     from gymnax.environments import spaces  # here: importing gymnax starts JAX's backend
 
+    units = {"gru": GRU, "linear": Linear, "lru": LRU, "gated": Gated, "leaky": LRU}
+    make = bottom = units[config.cell]
     if config.cell == "leaky":
         if not env.previous_action:
             raise ValueError("--cell leaky turns its state by the last action: --previous-action")
         if not isinstance(env.action_space(), spaces.Discrete):
             raise ValueError("--cell leaky turns its state by the last action; it is not discrete")
-        size = config.z_size
-        return LeakyFilter(obs_size, size, env.num_actions, leak=config.leak, key=key)
-    make = {"gru": GRU, "linear": Linear, "lru": LRU, "gated": Gated}[config.cell]
+        bottom = partial(LeakyFilter, num_actions=env.num_actions, leak=config.leak)
     if config.num_layers == 1:
-        return make(obs_size, config.z_size, key=key)
-    return Stack(make, obs_size, config.z_size, config.num_layers, key=key)
+        return bottom(obs_size, config.z_size, key=key)
+    return Stack(make, obs_size, config.z_size, config.num_layers, bottom=bottom, key=key)
 
 
 def _head(

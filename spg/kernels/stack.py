@@ -32,15 +32,21 @@ class Stack(eqx.Module):
         z_size: int,
         num_layers: int,
         *,
+        bottom: Callable[..., Location] | None = None,
         key: PRNGKeyArray,
     ):
-        """`make(input_size, size, key=...)` makes a unit; `z_size` is that of all layers."""
+        """`make(input_size, size, key=...)` makes a unit; `z_size` is that of all layers.
+
+        `bottom` makes the lowest one, which reads the observation, where that is another.
+        """
         if z_size % num_layers:
             raise ValueError(f"num_layers {num_layers} does not divide z_size {z_size}")
         size = z_size // num_layers
         sizes = [obs_size] + [size] * (num_layers - 1)
         keys = jr.split(key, (num_layers, 3))
-        self.units = [make(n, size, key=k[0]) for n, k in zip(sizes, keys, strict=True)]
+        makers = [bottom or make] + [make] * (num_layers - 1)
+        parts = zip(makers, sizes, keys, strict=True)
+        self.units = [make_one(n, size, key=k[0]) for make_one, n, k in parts]
         between = list(zip(sizes[:-1], keys, strict=False))
         self.norms = [eqx.nn.LayerNorm(size) for _ in between]
         self.gates = [eqx.nn.Linear(size, 2 * size, key=k[1]) for _, k in between]
