@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
 from spg.distributions import Delta, Law, Normal
 
@@ -131,7 +131,14 @@ class Noisy(eqx.Module):
         first: Bool[Array, " L"],
         z0: Float[Array, " n"],
     ) -> tuple[Float[Array, " L"], Float[Array, "L n"]]:
-        return jax.vmap(lambda o, z, z_next: self(o, z).log_prob(z_next))(obs, z, z_next), z_next
+        return replay_drawn(self, obs, z, z_next)
+
+
+def replay_drawn(
+    cell: Cell, obs: Array, z: Shaped[Array, "L *n"], z_next: Shaped[Array, "L *n"]
+) -> tuple[Float[Array, " L"], Shaped[Array, "L *n"]]:
+    """`Cell.replay` where z' is drawn: each step stands alone, and z' is as recorded."""
+    return jax.vmap(lambda o, z, z_next: cell(o, z).log_prob(z_next))(obs, z, z_next), z_next
 
 
 def unroll(

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from spg.distributions import Categorical
-from spg.kernels.cells import Computed, unroll
+from spg.kernels.cells import Computed, replay_drawn, unroll
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Identity
 
@@ -47,7 +47,7 @@ class TableCell(eqx.Module):
     def replay(
         self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
     ) -> tuple[Float[Array, " L"], Int[Array, " L"]]:
-        return _replay(self, obs, z, z_next)
+        return replay_drawn(self, obs, z, z_next)
 
 
 class NetworkCell(eqx.Module):
@@ -62,7 +62,7 @@ class NetworkCell(eqx.Module):
     def replay(
         self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
     ) -> tuple[Float[Array, " L"], Int[Array, " L"]]:
-        return _replay(self, obs, z, z_next)
+        return replay_drawn(self, obs, z, z_next)
 
 
 class TableHead(eqx.Module):
@@ -231,12 +231,6 @@ def _successors(law: Categorical) -> Int[Array, "..."]:
     if law.support is not None:
         return law.support
     return jnp.broadcast_to(jnp.arange(law.logits.shape[-1]), law.logits.shape)
-
-
-def _replay(
-    cell: FiniteCell, obs: Array, z: Int[Array, " L"], z_next: Int[Array, " L"]
-) -> tuple[Float[Array, " L"], Int[Array, " L"]]:
-    return jax.vmap(lambda o, z, z_next: cell(o, z).log_prob(z_next))(obs, z, z_next), z_next
 
 
 def _finite(kernel: Kernel) -> FiniteCell:

@@ -17,6 +17,7 @@ from jax import core
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from spg.distributions import Categorical, Delta, Law
+from spg.kernels.cells import replay_drawn
 from spg.kernels.finite import integer
 from spg.kernels.heads import Head
 from spg.kernels.kernel import Kernel
@@ -94,7 +95,7 @@ class Held(eqx.Module):
     def replay(
         self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
     ) -> tuple[Float[Array, " L"], Int[Array, "L n"]]:
-        return jax.vmap(lambda o, z, z_next: self(o, z).log_prob(z_next))(obs, z, z_next), z_next
+        return replay_drawn(self, obs, z, z_next)
 
 
 class HeldHead(eqx.Module):
@@ -162,7 +163,7 @@ class ForcedHeld(eqx.Module):
     def replay(
         self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
     ) -> tuple[Float[Array, " L"], Int[Array, "L n"]]:
-        return jax.vmap(lambda o, z, z_next: self(o, z).log_prob(z_next))(obs, z, z_next), z_next
+        return replay_drawn(self, obs, z, z_next)
 
 
 class SeedLaw(eqx.Module):
@@ -214,7 +215,7 @@ class Seed(eqx.Module):
     def replay(
         self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
     ) -> tuple[Float[Array, " L"], Float[Array, "L m"]]:
-        return jax.vmap(lambda o, z, z_next: self(o, z).log_prob(z_next))(obs, z, z_next), z_next
+        return replay_drawn(self, obs, z, z_next)
 
 
 class SeedHead(eqx.Module):
