@@ -26,7 +26,7 @@ import tyro
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from spg import cli, kstep, plotting, records
+from spg import ascent, cli, kstep, plotting, records
 from spg.estimators import gpomdp
 from spg.estimators import kstep as sampled
 from spg.kernels.held import certain_logits, held_kernel
@@ -92,8 +92,8 @@ def open_world(config: Config) -> World:
     known = [name for name in inspect.signature(make).parameters if name != "seed"]
     for name in config.problem_params:
         if name not in known:
-            choices = f"choose from {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"{config.problem} has no parameter {name!r}; {choices}")
+            choices = ", ".join(known)
+            raise ValueError(f"{config.problem} has no parameter {name!r}; choose from {choices}")
     keywords: dict[str, Any] = cli.arguments(config.problem_params)
     own = config.problem == "aggregated"
     problems: list[Problem] = [
@@ -194,12 +194,12 @@ def update(
         gradient = sampled_gradient(config, world, k, params, key)
     elif config.method in ("product", "mixture"):
         gradient = pull(gradient)[0]
-    width = kstep.range_of_rewards(world.pomdp)
-    size = kstep.step_size(k, world.gamma, reward_range=width)
+    width = ascent.range_of_rewards(world.pomdp)
+    size = ascent.step_size(k, world.gamma, reward_range=width)
     if config.method == "mirror":
-        return (kstep.mirror_step(params, gradient, size), ()), solution.expected_return
+        return (ascent.mirror_step(params, gradient, size), ()), solution.expected_return
     if config.method == "projected":
-        moved = kstep.projected_step(params, gradient, size / len(params))
+        moved = ascent.projected_step(params, gradient, size / len(params))
         return (moved, ()), solution.expected_return
     descent = jax.tree.map(jnp.negative, gradient)
     updates, opt_state = optimiser(config).update(descent, opt_state)
@@ -231,13 +231,13 @@ def program(config: Config, world: World) -> Callable[[Array, Array], Float[Arra
 
 def bounds(config: Config, world: World) -> Float[np.ndarray, "K T"]:
     """The theorem's, after 1 … T updates of mirror or projected ascent; c_k for the others."""
-    width = kstep.range_of_rewards
+    width = ascent.range_of_rewards
     width = jax.vmap(width) if config.problem == "aggregated" else width
     shared: Any = {"gamma": world.gamma, "reward_range": float(width(world.pomdp).max())}
     steps = jnp.arange(1, config.num_updates + 1)
     if config.method in ("product", "mixture"):
-        return np.array([0 * steps + kstep.gap_bound(k, **shared) for k in config.k])
-    rate = partial(kstep.rate_bound, steps, len(world.policies), method=config.method, **shared)
+        return np.array([0 * steps + ascent.gap_bound(k, **shared) for k in config.k])
+    rate = partial(ascent.rate_bound, steps, len(world.policies), method=config.method, **shared)
     return np.array([rate(k=k) for k in config.k])
 
 
