@@ -23,10 +23,11 @@ import tyro
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from spg import cli, decoding, records
-from spg.envs.hidden_markov import swap_hmm
-from spg.filters import ForwardFilter, LinearFilter, exact_filter, forward_filter
-from spg.hidden_markov import deterministic_part, hmm
+from spg.filters import decoding
+from spg.filters.belief import ForwardFilter, LinearFilter, exact_filter, forward_filter
+from spg.training import cli, options, records
+from spg.worlds.hmm import deterministic_part, hmm
+from spg.worlds.ringworld import swap_hmm
 
 DECAYS = ("λ/log(1/ε)", "√ε", "ε²", "0", "1")
 FILTERS = (*(f"δ = {decay}" for decay in DECAYS), "belief")
@@ -172,7 +173,7 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
 
 
 def main(config: Config) -> None:
-    cli.check_positive(config, "trajectories", "steps", "points")
+    options.check_positive(config, "trajectories", "steps", "points")
     if not 0 < config.scale < np.log(30):
         raise ValueError(f"scale is {config.scale}; it has to be inside (0, log 30)")
     constants = decoding.constants(hmm(swap_hmm(0.01).pomdp))

@@ -18,15 +18,25 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from spg import cli, conjugate, records, training
-from spg.gamp import bicgstab, gamp, gmres, krylov_bias, krylov_law, power, richardson, solve
+from spg.exact import conjugate
+from spg.exact.gamp import (
+    bicgstab,
+    gamp_gradient,
+    gmres,
+    krylov_bias,
+    krylov_stationary,
+    long_run,
+    power,
+    richardson,
+)
 from spg.kernels.finite import noise_free
 from spg.kernels.kernel import Kernel
-from spg.models import Problem
+from spg.training import cli, loop, options, records
+from spg.worlds.models import Problem
 
 
 @dataclass(frozen=True)
-class Config(cli.ProblemConfig, cli.RunConfig):
+class Config(options.ProblemConfig, options.RunConfig):
     num_updates: int = 600
     """gradients of each seed"""
     optimiser: Literal["conjugate", "adam"] = "conjugate"
@@ -48,12 +58,15 @@ class State(NamedTuple):
 
 SOLVERS = {
     "arnoldi": {},
-    "gmres": {"law": partial(krylov_law, solver=gmres), "bias": partial(krylov_bias, solver=gmres)},
+    "gmres": {
+        "stationary": partial(krylov_stationary, solver=gmres),
+        "bias": partial(krylov_bias, solver=gmres),
+    },
     "bicgstab": {
-        "law": partial(krylov_law, solver=bicgstab),
+        "stationary": partial(krylov_stationary, solver=bicgstab),
         "bias": partial(krylov_bias, solver=bicgstab),
     },
-    "damped": {"law": power, "bias": richardson},
+    "damped": {"stationary": power, "bias": richardson},
 }
 
 
@@ -77,7 +90,7 @@ def step(config: Config, problem: Problem, state: State) -> tuple[State, dict[st
     if config.optimiser == "conjugate":
         params = conjugate.ask(ascent, settings)
     kernel = eqx.combine(params, static)
-    gradient, solution = gamp(kernel, problem.pomdp, **SOLVERS[config.solver])
+    gradient, solution = gamp_gradient(kernel, problem.pomdp, **SOLVERS[config.solver])
     gradient, value = eqx.filter(gradient, eqx.is_inexact_array), solution.average_reward
     if config.optimiser == "conjugate":
         ascent = conjugate.tell(ascent, settings, value, gradient)
@@ -90,7 +103,7 @@ def step(config: Config, problem: Problem, state: State) -> tuple[State, dict[st
     metrics = {
         "average_reward": value,
         "gradient_norm": optax.tree.norm(gradient),
-        "law_residual": solution.law_residual,
+        "stationary_residual": solution.stationary_residual,
         "bias_residual": solution.bias_residual,
         "products": solution.products.sum(),
         "converged": solution.converged * 1.0,
@@ -106,11 +119,11 @@ def evaluate(problem: Problem, state: State, key: PRNGKeyArray) -> dict[str, Arr
     hard = noise_free(state.kernel, problem.pomdp.num_obs)
     no_bias = lambda pull, gain, law, tol: (jnp.zeros_like(gain), jnp.zeros((), int))
     law = partial(power, max_products=5_000)
-    free = solve(hard, problem.pomdp, law=law, bias=no_bias)
+    free = long_run(hard, problem.pomdp, stationary=law, bias=no_bias)
     return {
-        "eval_average_reward": solve(state.kernel, problem.pomdp).average_reward,
+        "eval_average_reward": long_run(state.kernel, problem.pomdp).average_reward,
         "eval_average_reward_noise_free": jnp.where(
-            free.law_residual < 1e-3, free.average_reward, jnp.nan
+            free.stationary_residual < 1e-3, free.average_reward, jnp.nan
         ),
     }
 
@@ -128,13 +141,13 @@ def export(problem: Problem, state: State, out: Path) -> None:
         )
 
 
-def make(config: Config) -> training.Algorithm:
-    """What `training.run` takes. Raises ValueError for what cannot run."""
-    cli.check_positive(config, "num_updates")
-    cli.check_range(config, 0.0, float("inf"), "learning_rate", "bound")
+def make(config: Config) -> loop.Algorithm:
+    """What `loop.run` takes. Raises ValueError for what cannot run."""
+    options.check_positive(config, "num_updates")
+    options.check_range(config, 0.0, float("inf"), "learning_rate", "bound")
     jax.config.update("jax_enable_x64", config.precision == "double")
-    problem = cli.open_problem(config)
-    return training.Algorithm(
+    problem = options.open_problem(config)
+    return loop.Algorithm(
         name="gamp",
         title=f"GAMP, {config.num_z} I-states, out-degree {config.out_degree}: {problem.name}",
         init=partial(init, config, problem),

@@ -10,7 +10,7 @@ segment, and the last action of each is left out.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -19,18 +19,19 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from spg import cli, conjugate, training
 from spg.estimators import gpomdp
 from spg.estimators.returns import gae
+from spg.exact import conjugate
 from spg.kernels.finite import expected_kernel
 from spg.kernels.kernel import Kernel
-from spg.models import Problem
 from spg.rollout import Carry, evaluation, reset, rollout
-from spg.types import Transition, critic_view
+from spg.training import cli, loop, options
+from spg.types import Env, Transition, critic_view
+from spg.worlds.models import Problem
 
 
 @dataclass(frozen=True)
-class Config(cli.ProblemConfig, cli.RunConfig):
+class Config(options.ProblemConfig, options.RunConfig):
     estimator: Literal["istate", "exp", "exp-observations"] = "exp"
     """IState-GPOMDP; Exp-GPOMDP with the actions filtered; the same by observations alone, which is
     the gradient of another policy, and that one acts"""
@@ -70,7 +71,7 @@ class Baseline(NamedTuple):
     """Running means over the past updates, none of which saw the present one's data."""
 
     reward: Float[Array, ""]
-    values: gpomdp.Values
+    values: gpomdp.ValueTable
 
 
 class State(NamedTuple):
@@ -79,9 +80,6 @@ class State(NamedTuple):
     baseline: Baseline
     carry: Carry  # of each environment
     key: PRNGKeyArray
-
-
-Env = tuple[Any, Any]  # a Gymnax environment and its parameters
 
 
 def adam(config: Config) -> optax.GradientTransformation:
@@ -104,10 +102,10 @@ def init(config: Config, problem: Problem, env: Env, key: PRNGKeyArray) -> State
     params = eqx.filter(kernel, eqx.is_inexact_array)
     start = conjugate.init if config.optimiser == "conjugate" else adam(config).init
     table = jnp.zeros((config.num_z, num_places(config, problem)))
-    carry = jax.vmap(lambda key: reset(acting(config, kernel), *env, key=key))(
+    carry = jax.vmap(lambda key: reset(acting(config, kernel), env, key=key))(
         jr.split(reset_key, config.num_envs)
     )
-    baseline = Baseline(jnp.zeros(()), gpomdp.Values(table, table))
+    baseline = Baseline(jnp.zeros(()), gpomdp.ValueTable(table, table))
     return State(kernel, start(params), baseline, carry, key)
 
 
@@ -160,7 +158,7 @@ def step(
     if config.optimiser == "conjugate":
         params = conjugate.ask(ascent, settings)
     kernel = eqx.combine(params, static)
-    run = partial(rollout, acting(config, kernel), *env, num_steps=config.num_steps)
+    run = partial(rollout, acting(config, kernel), env, num_steps=config.num_steps)
     rollout_keys = jr.split(rollout_key, config.num_envs)
     carry, trajs, _ = jax.vmap(lambda c, k: run(c, key=k))(state.carry, rollout_keys)
     gradient, baseline = estimate(config, problem, kernel, state.baseline, trajs)
@@ -179,21 +177,23 @@ def step(
 
 def evaluate(config: Config, env: Env, state: State, key: PRNGKeyArray) -> dict[str, Array]:
     """Average reward of fresh episodes, sampled and noise-free, of the policy that acts."""
-    params = env[1].replace(max_steps_in_episode=config.eval_steps)
+    env = env._replace(params=env.params.replace(max_steps_in_episode=config.eval_steps))
     kernel = acting(config, state.kernel)
-    returns = evaluation(kernel, env[0], params, num_episodes=config.eval_episodes, key=key)
+    returns = evaluation(kernel, env, num_episodes=config.eval_episodes, key=key)
     return {
         k.replace("return", "average_reward"): v / config.eval_steps for k, v in returns.items()
     }
 
 
-def make(config: Config) -> training.Algorithm:
-    """What `training.run` takes. Raises ValueError for what cannot run."""
+def make(config: Config) -> loop.Algorithm:
+    """What `loop.run` takes. Raises ValueError for what cannot run."""
     from spg.envs import Tabular  # here: importing gymnax starts JAX's backend
 
-    cli.check_positive(config, "num_envs", "num_steps", "eval_steps")
-    cli.check_range(config, 0.0, 1.0, "beta", "gae_lambda")
-    cli.check_range(config, 0.0, float("inf"), "learning_rate", "adam_eps", "bound", "tolerance")
+    options.check_positive(config, "num_envs", "num_steps", "eval_steps")
+    options.check_range(config, 0.0, 1.0, "beta", "gae_lambda")
+    options.check_range(
+        config, 0.0, float("inf"), "learning_rate", "adam_eps", "bound", "tolerance"
+    )
     if config.beta == 1:
         raise ValueError(f"beta is {config.beta}; it has to be below 1")
     valued = config.baseline in ("value", "state")
@@ -206,10 +206,10 @@ def make(config: Config) -> training.Algorithm:
             f"total_steps {config.total_steps} is less than one update of "
             f"{config.num_envs} x {config.num_steps} steps"
         )
-    problem = cli.open_problem(config)
+    problem = options.open_problem(config)
     env = Tabular(problem.pomdp, privileged=config.baseline == "state")
-    env = env, env.default_params
-    return training.Algorithm(
+    env = Env(env, env.default_params)
+    return loop.Algorithm(
         name="gpomdp",
         title=f"{config.estimator}, {config.num_z} I-states: {problem.name}",
         init=partial(init, config, problem, env),

@@ -26,12 +26,14 @@ import tyro
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from spg import ascent, cli, kstep, plotting, records
 from spg.estimators import gpomdp
-from spg.estimators import kstep as sampled
+from spg.estimators import held as sampled
+from spg.exact import ascent, kstep
 from spg.kernels.held import certain_logits, held_kernel
-from spg.models import POMDP, Problem, SparsePOMDP, dense
 from spg.rollout import reset, rollout
+from spg.training import cli, options, plots, records
+from spg.types import Env
+from spg.worlds.models import POMDP, Problem, SparsePOMDP, dense
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Softmax(NamedTuple):
 
 def open_world(config: Config) -> World:
     """Raises ValueError for what cannot be opened, or has more than 5,000 policies."""
-    from spg.envs import Tabular, tabular_params, traps  # here: gymnax starts JAX's backend
+    from spg.envs import Tabular, tabular_params  # here: gymnax starts JAX's backend
+    from spg.worlds import traps  # here: gymnax starts JAX's backend
 
     make = traps.TRAPS[config.problem]
     known = [name for name in inspect.signature(make).parameters if name != "seed"]
@@ -94,7 +97,7 @@ def open_world(config: Config) -> World:
         if name not in known:
             choices = ", ".join(known)
             raise ValueError(f"{config.problem} has no parameter {name!r}; choose from {choices}")
-    keywords: dict[str, Any] = cli.arguments(config.problem_params)
+    keywords: dict[str, Any] = options.arguments(config.problem_params)
     own = config.problem == "aggregated"
     problems: list[Problem] = [
         make(**keywords | {"seed": config.seed + i} if own else keywords)
@@ -123,7 +126,7 @@ def open_world(config: Config) -> World:
 def law(config: Config, world: World, params: PyTree) -> Float[Array, " N"]:
     """The law over deterministic policies that the parameters stand for."""
     if isinstance(params, Softmax):
-        return kstep.product_law(jnp.asarray(world.policies), *params)
+        return kstep.product_weights(jnp.asarray(world.policies), *params)
     return jnp.exp(params) if config.method == "mirror" else params
 
 
@@ -147,14 +150,14 @@ def sampled_gradient(
 ) -> PyTree:
     """∂J/∂w by holding each policy, or ∂J by the responsibilities of first visits."""
     start_key, key = jr.split(key)
-    env, env_params = world.env, world.env_params
+    env = Env(world.env, world.env_params)
     if isinstance(params, Softmax):
         kernel = held_kernel(*params, k=k, slots=world.slots)
 
         def run(start_key, key):
-            carry = reset(kernel, env, env_params, key=start_key)
+            carry = reset(kernel, env, key=start_key)
             steps = config.num_steps
-            return rollout(kernel, env, env_params, carry, num_steps=steps, key=key)[1]
+            return rollout(kernel, env, carry, num_steps=steps, key=key)[1]
 
         keys = (jr.split(x, config.num_episodes) for x in (start_key, key))
         trajs = jax.vmap(run)(*keys)
@@ -170,11 +173,11 @@ def sampled_gradient(
     )
 
     def one(component, key):
-        traj, window, life = sampled.hold(
-            kernel, env, env_params, component,
-            gamma=world.gamma, num_steps=config.num_steps, key=key,
-        )  # fmt: skip
-        return sampled.direct_estimate(traj.reward, window, life, k=k, gamma=world.gamma)
+        hold_key, start_key, key = jr.split(key, 3)
+        forced, window, life = sampled.hold(kernel, component, gamma=world.gamma, key=hold_key)
+        carry = reset(forced, env, key=start_key)
+        traj = rollout(forced, env, carry, num_steps=config.num_steps, key=key)[1]
+        return sampled.direct_estimate(traj, window, life, k=k, gamma=world.gamma)
 
     each = max(config.num_episodes // len(world.policies), 1)
     keys = jr.split(key, (len(world.policies), each))
@@ -188,7 +191,7 @@ def update(
     """One step of the ascent, and J before it."""
     params, opt_state = state
     weights, pull = jax.vjp(partial(law, config, world), params)
-    solution = kstep.solve(world.pomdp, world.joint, weights, k=k, gamma=world.gamma)
+    solution = kstep.kstep_values(world.pomdp, world.joint, weights, k=k, gamma=world.gamma)
     gradient: Any = solution.gradient
     if config.gradient == "sampled":
         gradient = sampled_gradient(config, world, k, params, key)
@@ -243,9 +246,9 @@ def bounds(config: Config, world: World) -> Float[np.ndarray, "K T"]:
 
 def main(config: Config) -> None:
     began = time.perf_counter()
-    cli.check_positive(config, "num_runs", "num_updates", "num_components", "num_steps")
-    cli.check_range(config, 2.0, float("inf"), "num_episodes")
-    cli.check_range(config, 0.0, float("inf"), "start_std", "learning_rate")
+    options.check_positive(config, "num_runs", "num_updates", "num_components", "num_steps")
+    options.check_range(config, 2.0, float("inf"), "num_episodes")
+    options.check_range(config, 0.0, float("inf"), "start_std", "learning_rate")
     if not config.k or min(config.k) < 1 or len(set(config.k)) < len(config.k):
         raise ValueError(f"k is {config.k}; it lists different numbers of at least 1")
     if config.gamma and not 0 < config.gamma < 1:
@@ -258,7 +261,7 @@ def main(config: Config) -> None:
     gaps = np.asarray(program(config, world)(keys, jnp.asarray(config.k)))
     limit = bounds(config, world)
     runs = f"{config.num_runs} worlds" if config.problem == "aggregated" else config.problem
-    plotting.gaps(
+    plots.gaps(
         out / "gap.png", config.k, gaps, limit,
         bound="bound" if config.method in ("mirror", "projected") else "bound of mixtures",
         title=f"{config.method}, {config.gradient} gradients: {runs}",

@@ -17,7 +17,6 @@ import optax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
-from spg import cli, training
 from spg.estimators.returns import gae
 from spg.estimators.surrogate import ppo_surrogate
 from spg.kernels.critics import Critic
@@ -25,11 +24,12 @@ from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
 from spg.rollout import Carry, evaluation, reset, rollout
 from spg.scans import divisors, shuffle, split_segments
-from spg.types import Transition, critic_view, policy_view
+from spg.training import cli, loop, options
+from spg.types import Env, Transition, critic_view, policy_view
 
 
 @dataclass(frozen=True)
-class Config(cli.EnvConfig, PolicyConfig, cli.RunConfig):
+class Config(options.EnvConfig, PolicyConfig, options.RunConfig):
     total_steps: int = 2_000_000
     """environment steps of each seed"""
     num_envs: int = 64
@@ -62,9 +62,6 @@ class State(NamedTuple):
     key: PRNGKeyArray
 
 
-Env = tuple[Any, Any]  # a Gymnax environment and its parameters
-
-
 def optimiser(config: Config) -> optax.GradientTransformation:
     num_gradients = config.num_updates * config.num_epochs * config.num_minibatches
     schedule = lambda count: config.learning_rate * (1 - count / num_gradients)
@@ -75,14 +72,16 @@ def optimiser(config: Config) -> optax.GradientTransformation:
 
 def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
     kernel_key, critic_key, env_key, key = jr.split(key, 4)
-    kernel = make_kernel(config, *env, key=kernel_key)
-    obs, _ = jax.eval_shape(env[0].reset, key, env[1])
-    critic_size = critic_view(obs).shape[0]
+    kernel = make_kernel(config, env.spec, key=kernel_key)
     critic = Critic(
-        critic_size, kernel.z0.size, [*config.hidden], feature=kernel.feature, key=critic_key
+        env.spec.critic_size,
+        kernel.z0.size,
+        [*config.hidden],
+        feature=kernel.feature,
+        key=critic_key,
     )
     env_keys = jr.split(env_key, config.num_envs)
-    carry = jax.vmap(lambda k: reset(kernel, *env, key=k))(env_keys)
+    carry = jax.vmap(lambda k: reset(kernel, env, key=k))(env_keys)
     agent = Agent(kernel, critic)
     return State(agent, optimiser(config).init(eqx.filter(agent, eqx.is_inexact_array)), carry, key)
 
@@ -91,7 +90,7 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
     """One update: a rollout of every environment, then epochs of minibatches on it."""
     key, rollout_key, epoch_key = jr.split(state.key, 3)
     kernel, critic = state.agent
-    run = partial(rollout, kernel, *env, num_steps=config.num_steps)
+    run = partial(rollout, kernel, env, num_steps=config.num_steps)
     rollout_keys = jr.split(rollout_key, config.num_envs)
     carry, traj, episodes = jax.vmap(lambda c, k: run(c, key=k))(state.carry, rollout_keys)
 
@@ -168,9 +167,9 @@ def observed(agent: Agent, traj: Transition) -> Agent:
     )
 
 
-def make(config: Config) -> training.Algorithm:
-    """What `training.run` takes. Raises ValueError for what cannot run."""
-    cli.check_positive(
+def make(config: Config) -> loop.Algorithm:
+    """What `loop.run` takes. Raises ValueError for what cannot run."""
+    options.check_positive(
         config, "num_envs", "num_steps", "num_epochs", "num_minibatches", "z_size", "window"
     )
     count = config.num_envs * config.check(config.num_steps)
@@ -185,19 +184,19 @@ def make(config: Config) -> training.Algorithm:
             f"total_steps {config.total_steps} is less than one update of "
             f"{config.num_envs} x {config.num_steps} steps"
         )
-    env = cli.make_env(config, oracle=config.memory == "oracle")
-    jax.eval_shape(lambda key: make_kernel(config, *env, key=key), jr.key(0))  # refuses early
-    seen = cli.describe(config, oracle=config.memory == "oracle")
-    return training.Algorithm(
+    env = options.make_env(config, oracle=config.memory == "oracle")
+    jax.eval_shape(lambda key: make_kernel(config, env.spec, key=key), jr.key(0))  # refuses early
+    seen = options.describe(config, oracle=config.memory == "oracle")
+    return loop.Algorithm(
         name="ppo",
         title=f"PPO, {config.memory}: {seen}",
         init=partial(init, config, env),
         step=partial(step, config, env),
         params=lambda state: state.agent,
         evaluate=lambda state, key: evaluation(
-            state.agent.kernel, *env, num_episodes=config.eval_episodes, key=key
+            state.agent.kernel, env, num_episodes=config.eval_episodes, key=key
         ),
-        export=lambda state, out: cli.save_film(state.agent.kernel, *env, out),
+        export=lambda state, out: cli.save_film(state.agent.kernel, env, out),
         num_updates=config.num_updates,
         steps_per_update=config.num_envs * config.num_steps,
     )

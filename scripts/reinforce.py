@@ -9,7 +9,7 @@ internal states, so that nothing is propagated back through time.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -18,16 +18,16 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
-from spg import cli, training
-from spg.estimators.score import gpomdp, reinforce, score_estimate
+from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
 from spg.rollout import evaluation, reset, rollout
-from spg.types import policy_view
+from spg.training import cli, loop, options
+from spg.types import Env, policy_view
 
 
 @dataclass(frozen=True)
-class Config(cli.EnvConfig, PolicyConfig, cli.RunConfig):
+class Config(options.EnvConfig, PolicyConfig, options.RunConfig):
     env: str = "RepeatFirst-memory"
     cell: Literal["gru", "linear"] = "linear"
     observe: Literal["all", "positions", "velocities", "state"] = "all"
@@ -50,11 +50,8 @@ class State(NamedTuple):
     key: PRNGKeyArray
 
 
-Env = tuple[Any, Any]  # a Gymnax environment and its parameters
-
-
 def horizon(config: Config, env: Env) -> int:
-    return config.num_steps or int(env[1].max_steps_in_episode)
+    return config.num_steps or int(env.params.max_steps_in_episode)
 
 
 def num_updates(config: Config, env: Env) -> int:
@@ -68,7 +65,7 @@ def optimiser(config: Config, env: Env) -> optax.GradientTransformation:
 
 def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
     kernel_key, key = jr.split(key)
-    kernel = make_kernel(config, *env, key=kernel_key)
+    kernel = make_kernel(config, env.spec, key=kernel_key)
     return State(kernel, optimiser(config, env).init(eqx.filter(kernel, eqx.is_inexact_array)), key)
 
 
@@ -76,8 +73,8 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
     """One update: fresh episodes, one gradient."""
     key, reset_key, rollout_key = jr.split(state.key, 3)
     kernel, num_steps = state.kernel, horizon(config, env)
-    start = jax.vmap(lambda k: reset(kernel, *env, key=k))(jr.split(reset_key, config.num_envs))
-    run = partial(rollout, kernel, *env, num_steps=num_steps)
+    start = jax.vmap(lambda k: reset(kernel, env, key=k))(jr.split(reset_key, config.num_envs))
+    run = partial(rollout, kernel, env, num_steps=num_steps)
     rollout_keys = jr.split(rollout_key, config.num_envs)
     _, trajs, _ = jax.vmap(lambda c, k: run(c, key=k))(start, rollout_keys)
 
@@ -90,7 +87,7 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
         score = jax.vmap(partial(score_estimate, kernel, segment_length=length))(trajs, alive * 1.0)
         ascent = reinforce(score, discounted.sum(1))
     else:
-        ascent = gpomdp(kernel, trajs, discounted, alive * 1.0, segment_length=length)
+        ascent = episodic_gpomdp(kernel, trajs, discounted, alive * 1.0, segment_length=length)
 
     descent = jax.tree.map(jnp.negative, ascent)
     updates, opt_state = optimiser(config, env).update(descent, state.opt_state)
@@ -106,28 +103,28 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
     return State(kernel, opt_state, key), metrics
 
 
-def make(config: Config) -> training.Algorithm:
-    """What `training.run` takes. Raises ValueError for what cannot run."""
-    cli.check_positive(config, "num_envs", "z_size", "window")
-    env = cli.make_env(config, oracle=config.memory == "oracle")
+def make(config: Config) -> loop.Algorithm:
+    """What `loop.run` takes. Raises ValueError for what cannot run."""
+    options.check_positive(config, "num_envs", "z_size", "window")
+    env = options.make_env(config, oracle=config.memory == "oracle")
     config.check(horizon(config, env))
     if num_updates(config, env) < 1:
         raise ValueError(
             f"total_steps {config.total_steps} is less than one update of {config.num_envs} "
             f"episodes of {horizon(config, env)} steps"
         )
-    jax.eval_shape(lambda key: make_kernel(config, *env, key=key), jr.key(0))  # refuses early
-    seen = cli.describe(config, oracle=config.memory == "oracle")
-    return training.Algorithm(
+    jax.eval_shape(lambda key: make_kernel(config, env.spec, key=key), jr.key(0))  # refuses early
+    seen = options.describe(config, oracle=config.memory == "oracle")
+    return loop.Algorithm(
         name="reinforce",
         title=f"{config.estimator}, {config.memory}: {seen}",
         init=partial(init, config, env),
         step=partial(step, config, env),
         params=lambda state: state.kernel,
         evaluate=lambda state, key: evaluation(
-            state.kernel, *env, num_episodes=config.eval_episodes, key=key
+            state.kernel, env, num_episodes=config.eval_episodes, key=key
         ),
-        export=lambda state, out: cli.save_film(state.kernel, *env, out),
+        export=lambda state, out: cli.save_film(state.kernel, env, out),
         num_updates=num_updates(config, env),
         steps_per_update=config.num_envs * horizon(config, env),
     )

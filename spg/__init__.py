@@ -5,7 +5,7 @@
 
 from spg.distributions import Categorical, Delta, Normal, TanhNormal
 from spg.estimators.returns import gae, returns_to_go
-from spg.estimators.score import gpomdp, reinforce, score_estimate
+from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
 from spg.estimators.surrogate import Surrogate, ppo_surrogate
 from spg.kernels.cells import GRU, Computed, Empty, Noisy, Window
 from spg.kernels.critics import Critic
@@ -16,10 +16,10 @@ from spg.kernels.kernel import Kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear, LinearUnit
 from spg.kernels.networks import MLP, Normalizer
 from spg.kernels.stack import Stack
-from spg.models import Problem, SparsePOMDP, TabularPOMDP, dense, sparse
 from spg.rollout import Carry, Episodes, evaluate, evaluation, reset, rollout
 from spg.scans import linear_scan, split_segments
 from spg.types import Observation, Replay, Transition
+from spg.worlds.models import DensePOMDP, Problem, SparsePOMDP, dense, sparse
 
 __all__ = [
     "GRU",
@@ -31,6 +31,7 @@ __all__ = [
     "Computed",
     "Critic",
     "Delta",
+    "DensePOMDP",
     "Empty",
     "Episodes",
     "Gated",
@@ -49,17 +50,16 @@ __all__ = [
     "SparsePOMDP",
     "Stack",
     "Surrogate",
-    "TabularPOMDP",
     "TanhNormal",
     "Transition",
     "Window",
     "dense",
+    "episodic_gpomdp",
     "evaluate",
     "evaluation",
     "expected_kernel",
     "finite_kernel",
     "gae",
-    "gpomdp",
     "linear_scan",
     "make_kernel",
     "ppo_surrogate",

@@ -1,7 +1,7 @@
 """Kernels in environments: rollouts of one trajectory, and evaluation over whole episodes."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from spg.kernels.kernel import Kernel
-from spg.types import Environment, Transition
+from spg.types import Env, Transition
 
 
 class Carry(NamedTuple):
@@ -32,17 +32,16 @@ class Episodes(NamedTuple):
     length_sum: Float[Array, ""]
 
 
-def reset(kernel: Kernel, env: Environment, env_params: Any, *, key: PRNGKeyArray) -> Carry:
+def reset(kernel: Kernel, env: Env, *, key: PRNGKeyArray) -> Carry:
     """The start of an episode."""
-    obs, env_state = env.reset(key, env_params)
+    obs, env_state = env.reset(key)
     zero = jnp.zeros((), jnp.float32)
     return Carry(env_state, obs, kernel.z0, jnp.array(True), zero, jnp.zeros((), jnp.int32))
 
 
 def rollout(
     kernel: Kernel,
-    env: Environment,
-    env_params: Any,
+    env: Env,
     carry: Carry,
     *,
     num_steps: int,
@@ -55,7 +54,7 @@ def rollout(
         z = kernel.reset(carry.first, carry.z)
         action, z_next = kernel.sample(carry.obs, z, key=policy_key)
         obs, env_state, reward, terminated, truncated, info = env.step(
-            env_key, carry.env_state, action, env_params
+            env_key, carry.env_state, action
         )
         transition = Transition(
             carry.obs, z, action, z_next, reward, carry.first,
@@ -74,8 +73,7 @@ def rollout(
 
 def evaluate(
     kernel: Kernel,
-    env: Environment,
-    env_params: Any,
+    env: Env,
     *,
     noise: Bool[Array, ""],
     max_steps: int | Int[Array, ""],
@@ -87,7 +85,7 @@ def evaluate(
     laws. `vmap` over keys for several episodes.
     """
     reset_key, key = jr.split(key)
-    start = reset(kernel, env, env_params, key=reset_key)
+    start = reset(kernel, env, key=reset_key)
 
     def step(state):
         carry, t, _ = state
@@ -96,7 +94,7 @@ def evaluate(
         sampled, mode = kernel.sample(carry.obs, z, key=policy_key), kernel.mode(carry.obs, z)
         action, z_next = jax.tree.map(lambda s, m: jnp.where(noise, s, m), sampled, mode)
         obs, env_state, reward, terminated, truncated, _ = env.step(
-            env_key, carry.env_state, action, env_params
+            env_key, carry.env_state, action
         )
         episode_return = carry.episode_return + reward
         first = jnp.array(False)
@@ -108,30 +106,28 @@ def evaluate(
     return carry.episode_return
 
 
-def watch(
-    kernel: Kernel, env: Environment, env_params: Any, *, num_steps: int, key: PRNGKeyArray
-) -> PyTree:
+def watch(kernel: Kernel, env: Env, *, num_steps: int, key: PRNGKeyArray) -> PyTree:
     """The environment's states `[num_steps, ...]` under the noise-free policy, after a reset."""
     reset_key, key = jr.split(key)
-    start = reset(kernel, env, env_params, key=reset_key)
+    start = reset(kernel, env, key=reset_key)
 
     def step(carry, key):
         env_state, obs, z, first = carry
         action, z_next = kernel.mode(obs, kernel.reset(first, z))
-        obs, next_state, _, terminated, truncated, _ = env.step(key, env_state, action, env_params)
+        obs, next_state, _, terminated, truncated, _ = env.step(key, env_state, action)
         return (next_state, obs, z_next, terminated | truncated), env_state
 
     return lax.scan(step, start[:4], jr.split(key, num_steps))[1]
 
 
 def evaluation(
-    kernel: Kernel, env: Environment, env_params: Any, *, num_episodes: int, key: PRNGKeyArray
+    kernel: Kernel, env: Env, *, num_episodes: int, key: PRNGKeyArray
 ) -> dict[str, Float[Array, ""]]:
     """Mean return over fresh episodes of the sampled policy and of the noise-free one."""
     keys = jr.split(key, 2 * num_episodes)
     noise = jnp.arange(2 * num_episodes) < num_episodes
-    max_steps = env_params.max_steps_in_episode
-    run = partial(evaluate, kernel, env, env_params, max_steps=max_steps)
+    max_steps = env.params.max_steps_in_episode
+    run = partial(evaluate, kernel, env, max_steps=max_steps)
     returns = jax.vmap(lambda noise, key: run(noise=noise, key=key))(noise, keys)
     sampled, noise_free = returns.reshape(2, num_episodes).mean(1)
     return {"eval_return": sampled, "eval_return_noise_free": noise_free}

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray, PyTree
 
 Scalar = float | Float[Array, ""]  # a hyper-parameter: a Python float, or traced to be vmapped
@@ -51,6 +52,42 @@ class Environment(Protocol):
     def step(
         self, key: PRNGKeyArray, state: PyTree, action: PyTree, params: Any
     ) -> tuple[PyTree, PyTree, jax.Array, jax.Array, jax.Array, dict]: ...
+
+
+class Env(NamedTuple):
+    """An environment together with its parameters, as `spg.envs.make` opens it."""
+
+    environment: Environment
+    params: Any
+
+    def reset(self, key: PRNGKeyArray) -> tuple[PyTree, PyTree]:
+        """The first observation and the state of an episode."""
+        return self.environment.reset(key, self.params)
+
+    def step(self, key: PRNGKeyArray, state: PyTree, action: PyTree) -> tuple:
+        """(obs, state, reward, terminated, truncated, info), with auto-reset."""
+        return self.environment.step(key, state, action, self.params)
+
+    @property
+    def spec(self) -> "Spec":
+        """What a policy needs to know; of environments that `spg.envs.make` opened."""
+        adapter: Any = self.environment
+        return adapter.spec(self.params)
+
+
+class Spec(NamedTuple):
+    """What a policy needs to know of an environment: sizes, actions, and the model if it is known.
+
+    An environment that `spg.envs.make` opened has one, `env.spec`.
+    """
+
+    obs_size: int  # of what the policy sees
+    critic_size: int  # of what the critic sees
+    num_actions: int  # choices, or dimensions of a continuous action in [-1, 1]
+    discrete: bool
+    previous_action: bool = False  # the observation ends with the previous action
+    model: Any = None  # the `spg.worlds` model of a finite world
+    slots: np.ndarray | None = None  # [O, I] of I agents, as in `spg.worlds.Problem`
 
 
 def policy_view(obs: PyTree) -> Any:

@@ -23,8 +23,8 @@ from spg.kernels.heads import CategoricalHead  # noqa: E402
 from spg.kernels.kernel import Kernel  # noqa: E402
 from spg.kernels.linear import Linear  # noqa: E402
 from spg.kernels.networks import Normalizer  # noqa: E402
-from spg.models import TabularPOMDP  # noqa: E402
 from spg.types import Transition  # noqa: E402
+from spg.worlds.models import DensePOMDP  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def make_pomdp(key, *, num_states=2, num_obs=2, num_actions=2):
     draws = [jr.exponential(k, shape) for k, shape in zip(keys, shapes, strict=False)]
     transition, observation, start = (x / x.sum(-1, keepdims=True) for x in draws)
     reward = jr.normal(keys[3], (num_states, num_actions))
-    return TabularPOMDP(transition, observation, reward, start)
+    return DensePOMDP(transition, observation, reward, start)
 
 
 @eqx.filter_jit

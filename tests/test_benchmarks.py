@@ -9,8 +9,8 @@ import pytest
 import tyro
 
 from scripts.benchmarks import controllers, gamp_scale, gpomdp_variance, kstep, memory
-from spg.envs.problems import load_unload, tiger
-from spg.records import RunError
+from spg.training.records import RunError
+from spg.worlds.problems import load_unload, tiger
 
 TINY = memory.Config(
     cells=("linear",), windows=(), lengths=(), repeats=2, z_size=4, hidden=(8,), num_envs=2,

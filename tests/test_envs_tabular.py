@@ -8,7 +8,7 @@ from conftest import make_pomdp
 from jax import lax
 
 from spg.envs.tabular import Tabular, TabularState, tabular_params
-from spg.models import SparsePOMDP, TabularPOMDP, dense, sparse
+from spg.worlds.models import DensePOMDP, SparsePOMDP, dense, sparse
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -39,7 +39,7 @@ def cycle(size=4):
     """States that follow one another, each with its own observation; starts in 0."""
     following = jnp.roll(jnp.eye(size), 1, 1)[:, None]
     reward = 10.0 * jnp.arange(size)[:, None]
-    return TabularPOMDP(following, jnp.eye(size), reward, jnp.eye(size)[0])
+    return DensePOMDP(following, jnp.eye(size), reward, jnp.eye(size)[0])
 
 
 def at(state):
@@ -115,7 +115,7 @@ def test_frequencies_are_those_of_the_model(form):
 def test_state_and_observation_are_drawn_independently():
     """All states lead to all, and emit both observations, with the same probabilities."""
     half = jnp.full((2, 1, 2), 0.5)
-    env = Tabular(TabularPOMDP(half, half[:, 0], jnp.zeros((2, 1)), half[0, 0]))
+    env = Tabular(DensePOMDP(half, half[:, 0], jnp.zeros((2, 1)), half[0, 0]))
     _, _, (obs, state, *_) = walk(env, env.default_params, 4000)
     signs = 2 * np.stack([state.state, obs, np.roll(state.state, 1), np.roll(obs, 1)]) - 1
     products = signs @ signs.T / 4000
@@ -202,7 +202,7 @@ def test_clock_truncates_and_opens_the_next_episode():
 def test_reset_with_a_clock_draws_from_the_start():
     """Episodes of one step in a world that stays where it is: the states are fresh draws."""
     start = jnp.array([0.2, 0.0, 0.8])
-    stay = TabularPOMDP(jnp.eye(3)[:, None], jnp.eye(3), jnp.zeros((3, 1)), start)
+    stay = DensePOMDP(jnp.eye(3)[:, None], jnp.eye(3), jnp.zeros((3, 1)), start)
     env = Tabular(stay)
     params = env.default_params.replace(max_steps_in_episode=1)
     _, first, (obs, state, _, _, truncated, final_obs) = walk(env, params, 2000)

@@ -14,11 +14,11 @@ from conftest import (
     make_trajectory,
 )
 
-from spg import exact
 from spg.estimators import gpomdp
-from spg.kernels.finite import belief, expected_kernel, finite_kernel, random_controller
-from spg.models import TabularPOMDP
+from spg.exact import enumeration
+from spg.kernels.finite import expected_kernel, finite_kernel, random_controller, start_distribution
 from spg.types import Transition
+from spg.worlds.models import DensePOMDP
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -30,7 +30,7 @@ LIKELIHOODS = {
 
 
 def memory_of(name, kernel):
-    return jnp.zeros(0) if name == "istate" else belief(kernel)
+    return jnp.zeros(0) if name == "istate" else start_distribution(kernel)
 
 
 def integers(traj):
@@ -66,7 +66,7 @@ def test_filter_of_three_steps(name):
     weight = jnp.array([1.0, 2.0, 3.0])
 
     def total(kernel):
-        log_m, alpha = likelihood(kernel, belief(kernel), traj, num_obs=1)
+        log_m, alpha = likelihood(kernel, start_distribution(kernel), traj, num_obs=1)
         return jnp.vdot(weight, log_m), (log_m, alpha)
 
     (value, (log_m, alpha)), gradient = eqx.filter_value_and_grad(total, has_aux=True)(kernel)
@@ -98,9 +98,9 @@ def past_baseline(name, kernel, traj):
     before = jnp.append(0.0, traj.reward[:-1]) + 0.7 * traj.obs
     if name == "istate":
         return before + 0.4 * traj.z
-    return before + gpomdp.filtered(kernel, belief(kernel), traj, num_obs=2) @ jnp.array(
-        [0.3, -1.0]
-    )
+    return before + gpomdp.filtered(
+        kernel, start_distribution(kernel), traj, num_obs=2
+    ) @ jnp.array([0.3, -1.0])
 
 
 @pytest.mark.parametrize("with_baseline", [False, True])
@@ -112,8 +112,10 @@ def test_estimates_of_the_controller_are_unbiased(name, with_baseline):
         baseline = past_baseline(name, kernel, traj) if with_baseline else None
         return estimate(name, kernel, traj, baseline=baseline)
 
-    mean = eqx.filter_jit(lambda k: exact.enumerate_mean(estimator, k, pomdp, num_steps=T))(kernel)
-    value = lambda k: exact.expected_return(k, pomdp, **ONE)
+    mean = eqx.filter_jit(lambda k: enumeration.enumerate_mean(estimator, k, pomdp, num_steps=T))(
+        kernel
+    )
+    value = lambda k: enumeration.expected_return(k, pomdp, **ONE)
     truth = eqx.filter_jit(eqx.filter_grad(value))(kernel)
     assert largest_difference(truth, jax.tree.map(jnp.zeros_like, truth)) > 0.01
     assert_trees_close(mean, eqx.filter(truth, eqx.is_inexact_array), rtol=1e-9, atol=1e-12)
@@ -123,21 +125,21 @@ def test_exp_by_observations_is_unbiased_for_the_policy_that_draws_actions_apart
     """Its own gradient is not the controller's, and not what the controller's acts give."""
     pomdp, kernel = make_pomdp(jr.key(0)), make_finite_kernel(jr.key(1))
     name = "exp-observations"
-    other = lambda kernel: exact.enumerate_return(expected_kernel(kernel), pomdp, **ONE)
+    other = lambda kernel: enumeration.enumerate_return(expected_kernel(kernel), pomdp, **ONE)
     apart, truth = eqx.filter_jit(eqx.filter_value_and_grad(other))(kernel)
     truth = eqx.filter(truth, eqx.is_inexact_array)
     own = lambda _, traj: estimate(name, kernel, traj)
     mean = eqx.filter_jit(
-        lambda k: exact.enumerate_mean(own, expected_kernel(k), pomdp, num_steps=T)
+        lambda k: enumeration.enumerate_mean(own, expected_kernel(k), pomdp, num_steps=T)
     )(kernel)
     assert_trees_close(mean, truth, rtol=1e-9, atol=1e-12)
 
-    value = lambda kernel: exact.expected_return(kernel, pomdp, **ONE)
+    value = lambda kernel: enumeration.expected_return(kernel, pomdp, **ONE)
     together, gradient = eqx.filter_jit(eqx.filter_value_and_grad(value))(kernel)
     assert abs(together - apart) > 1e-3
     assert largest_difference(truth, eqx.filter(gradient, eqx.is_inexact_array)) > 1e-3
     acted = eqx.filter_jit(
-        lambda k: exact.enumerate_mean(partial(estimate, name), k, pomdp, num_steps=T)
+        lambda k: enumeration.enumerate_mean(partial(estimate, name), k, pomdp, num_steps=T)
     )(kernel)
     assert largest_difference(acted, truth) > 1e-3
     assert largest_difference(acted, eqx.filter(gradient, eqx.is_inexact_array)) > 1e-3
@@ -148,22 +150,22 @@ def test_the_two_policies_agree_where_successors_are_certain():
     successors = jnp.array([[[1], [0]], [[0], [1]]])
     head = make_finite_kernel(jr.key(1)).head.logits
     kernel = finite_kernel(jnp.zeros((2, 2, 1)), head, successors)
-    value = exact.expected_return(kernel, pomdp, **ONE)
-    assert np.allclose(exact.enumerate_return(expected_kernel(kernel), pomdp, **ONE), value)
+    value = enumeration.expected_return(kernel, pomdp, **ONE)
+    assert np.allclose(enumeration.enumerate_return(expected_kernel(kernel), pomdp, **ONE), value)
 
 
 def test_a_held_choice_pays_one_to_the_controller_and_a_half_to_the_other_policy():
     """An I-state drawn once decides every action; a repeated action pays 1."""
     repeat = jnp.zeros((3, 2, 3)).at[:, 0, 1].set(1.0).at[:, 1, 2].set(1.0)  # s' is the action
     pays = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    pomdp = TabularPOMDP(repeat, jnp.ones((3, 1)), pays, jnp.array([1.0, 0.0, 0.0]))
+    pomdp = DensePOMDP(repeat, jnp.ones((3, 1)), pays, jnp.array([1.0, 0.0, 0.0]))
     successors = jnp.array([[[1, 2]], [[1, 1]], [[2, 2]]])
     cell = jnp.zeros((3, 1, 2)).at[1:, 0, 1].set(-jnp.inf)
     head = jnp.zeros((3, 1, 2)).at[1, 0, 1].set(-40.0).at[2, 0, 0].set(-40.0)
     kernel = finite_kernel(cell, head, successors)
     setting = {"gamma": 1.0, "num_steps": 3}
-    assert np.allclose(exact.expected_return(kernel, pomdp, **setting), 2)
-    assert np.allclose(exact.enumerate_return(expected_kernel(kernel), pomdp, **setting), 1)
+    assert np.allclose(enumeration.expected_return(kernel, pomdp, **setting), 2)
+    assert np.allclose(enumeration.enumerate_return(expected_kernel(kernel), pomdp, **setting), 1)
 
 
 def test_the_stationary_mean_is_the_discounted_gradient():
@@ -171,7 +173,7 @@ def test_the_stationary_mean_is_the_discounted_gradient():
     beta = 0.8
     pomdp = make_pomdp(jr.key(0))
     kernel = make_finite_kernel(jr.key(1), num_z=1)
-    law = exact.stationary_law(kernel, pomdp)
+    law = enumeration.stationary_distribution(kernel, pomdp)
     pomdp = pomdp._replace(start=law[:, 0])
 
     def estimator(kernel, traj):
@@ -181,13 +183,15 @@ def test_the_stationary_mean_is_the_discounted_gradient():
         state = gpomdp.segment(gpomdp.istate, kernel, state, last, beta=beta)
         return jax.tree.map(lambda x: T * x, state.estimate)
 
-    mean = eqx.filter_jit(lambda k: exact.enumerate_mean(estimator, k, pomdp, num_steps=T))(kernel)
-    chain = exact.joint_chain(kernel, pomdp).reshape(2, 2)
-    reward = jnp.einsum("sgha,sa->s", exact.joint_policy(kernel, pomdp), pomdp.reward)
+    mean = eqx.filter_jit(lambda k: enumeration.enumerate_mean(estimator, k, pomdp, num_steps=T))(
+        kernel
+    )
+    chain = enumeration.joint_chain(kernel, pomdp).reshape(2, 2)
+    reward = jnp.einsum("sgha,sa->s", enumeration.joint_policy(kernel, pomdp), pomdp.reward)
 
     def series(kernel):
-        moves = exact.joint_chain(kernel, pomdp).reshape(2, 2)
-        pays = jnp.einsum("sgha,sa->s", exact.joint_policy(kernel, pomdp), pomdp.reward)
+        moves = enumeration.joint_chain(kernel, pomdp).reshape(2, 2)
+        pays = jnp.einsum("sgha,sa->s", enumeration.joint_policy(kernel, pomdp), pomdp.reward)
         later = sum(beta**n * jnp.linalg.matrix_power(chain, n - 1) @ reward for n in range(1, T))
         return law[:, 0] @ (pays + moves @ later)
 
@@ -254,7 +258,7 @@ def test_the_filter_by_observations_is_the_policy_that_acts():
     """The likelihood equals log π of `expected_kernel` on the same record."""
     kernel = make_finite_kernel(jr.key(1))
     traj = trajectory(kernel, starts=(0, 5))
-    log_m, _ = LIKELIHOODS["exp-observations"](kernel, belief(kernel), traj)
+    log_m, _ = LIKELIHOODS["exp-observations"](kernel, start_distribution(kernel), traj)
     other = expected_kernel(kernel)
     z = jnp.broadcast_to(other.z0, (12, 2))
     replay = other.replay(traj._replace(z=z, z_next=z))
@@ -268,10 +272,10 @@ def test_action_filtering_finds_the_istate_that_actions_reveal():
     kernel = finite_kernel(jnp.zeros((3, 1, 2)), head, successors)
     zero, no = jnp.zeros(2, int), jnp.zeros(2, bool)
     traj = Transition(zero, zero, jnp.array([1, 0]), zero, jnp.zeros(2), no, no, no, zero)
-    log_m, alpha = gpomdp.exp_istate(kernel, belief(kernel), traj, num_obs=1)
+    log_m, alpha = gpomdp.exp_istate(kernel, start_distribution(kernel), traj, num_obs=1)
     assert np.allclose(jnp.exp(log_m), 0.5)
     assert np.allclose(alpha, [0, 1, 0])
-    alphas = gpomdp.filtered(kernel, belief(kernel), traj, num_obs=1)
+    alphas = gpomdp.filtered(kernel, start_distribution(kernel), traj, num_obs=1)
     assert np.allclose(alphas, [[1, 0, 0], [0, 0, 1]])
 
 

@@ -16,10 +16,10 @@ from conftest import (
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from spg import exact
 from spg.estimators.bounds import path_sums
 from spg.estimators.returns import returns_to_go
-from spg.estimators.score import gpomdp, reinforce, score_estimate
+from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
+from spg.exact import enumeration
 from spg.types import Transition
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -103,14 +103,14 @@ def mean_estimate(weight, segment_length):
         kernel, traj, weight(traj), segment_length=segment_length
     )
     pomdp = make_pomdp(jr.key(0))
-    return eqx.filter_jit(lambda k: exact.enumerate_mean(estimator, k, pomdp, num_steps=3))
+    return eqx.filter_jit(lambda k: enumeration.enumerate_mean(estimator, k, pomdp, num_steps=3))
 
 
 @cache
 def exact_gradient(num_steps=3):
     """∇J, a function of the kernel whose z' is computed."""
     pomdp = make_pomdp(jr.key(0))
-    value = lambda k: exact.enumerate_return(k, pomdp, gamma=GAMMA, num_steps=num_steps)
+    value = lambda k: enumeration.enumerate_return(k, pomdp, gamma=GAMMA, num_steps=num_steps)
     return eqx.filter_jit(eqx.filter_grad(value))
 
 
@@ -120,7 +120,7 @@ def test_score_estimate_of_controller_is_unbiased(segment_length, weight):
     pomdp = make_pomdp(jr.key(0))
     kernel = make_kernel("finite", jr.key(1))
     mean = mean_estimate(weight, segment_length)(kernel)
-    truth = eqx.filter_grad(exact.expected_return)(kernel, pomdp, gamma=GAMMA, num_steps=3)
+    truth = eqx.filter_grad(enumeration.expected_return)(kernel, pomdp, gamma=GAMMA, num_steps=3)
     assert_trees_close(mean, truth, rtol=1e-10, atol=1e-12)
 
 
@@ -313,7 +313,9 @@ def test_reinforce_is_the_loop_over_parameters(name):
 @pytest.mark.parametrize(("name", "segment_length"), [("gru", 1), ("gru", 3), ("finite", 6)])
 def test_gpomdp_is_the_loop_over_parameters_and_steps(name, segment_length):
     kernel, trajs, alive, reward = episodes(name)
-    out = eqx.filter_jit(gpomdp)(kernel, trajs, reward, alive, segment_length=segment_length)
+    out = eqx.filter_jit(episodic_gpomdp)(
+        kernel, trajs, reward, alive, segment_length=segment_length
+    )
     truth = slow_gpomdp(*map(np.asarray, (step_scores(kernel, trajs), alive, reward)))
     out = ravel_pytree(out)[0]
     assert np.isfinite(out).all()
@@ -329,7 +331,7 @@ def test_gpomdp_of_a_computed_state_is_bptt():
     jacobian = jax.jit(jax.jacfwd(lambda p: log_prob(eqx.combine(p, static))))(params)
     leaves = [np.asarray(x).reshape(len(LENGTHS), 6, -1) for x in jax.tree.leaves(jacobian)]
     truth = slow_gpomdp(np.concatenate(leaves, -1), *map(np.asarray, (alive, reward)))
-    out = eqx.filter_jit(gpomdp)(kernel, trajs, reward, alive, segment_length=6)
+    out = eqx.filter_jit(episodic_gpomdp)(kernel, trajs, reward, alive, segment_length=6)
     out = ravel_pytree(out)[0]
     assert np.allclose(out, truth, rtol=1e-10, atol=1e-12)
 

@@ -9,14 +9,14 @@ import pytest
 from conftest import jitter
 
 from spg import envs
-from spg.envs.hidden_markov import ringworld, swap_hmm
-from spg.filters import forward_filter
-from spg.hidden_markov import hmm
+from spg.filters.belief import forward_filter
 from spg.kernels.filtered import FEATURES, FeatureHead, filter_cell
 from spg.kernels.heads import CategoricalHead
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Identity
 from spg.rollout import reset, rollout
+from spg.worlds.hmm import hmm
+from spg.worlds.ringworld import ringworld, swap_hmm
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -25,15 +25,15 @@ NUM_STEPS = 130  # more than an episode
 
 def play(feature, epsilon):
     """A kernel with this memory, its rollout in RingWorld, and what the head saw."""
-    env, params = envs.make("ringworld-pomdp", previous_action=True, epsilon=epsilon)
-    cell, z0, seen = filter_cell(env.inner.pomdp, feature, decay=0.2)
+    env = envs.make("ringworld-pomdp", previous_action=True, epsilon=epsilon)
+    cell, z0, seen = filter_cell(env.spec.model, feature, decay=0.2)
     head = FeatureHead(jitter(CategoricalHead([8 + 12, 4], key=jr.key(0)), jr.key(1)), seen)
     kernel = Kernel(cell, head, Identity(), z0)
 
     @eqx.filter_jit
     def run(kernel):
-        carry = reset(kernel, env, params, key=jr.key(2))
-        traj = rollout(kernel, env, params, carry, num_steps=NUM_STEPS, key=jr.key(3))[1]
+        carry = reset(kernel, env, key=jr.key(2))
+        traj = rollout(kernel, env, carry, num_steps=NUM_STEPS, key=jr.key(3))[1]
         return traj, seen(traj.z_next)
 
     return kernel, *run(kernel)

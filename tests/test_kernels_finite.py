@@ -11,12 +11,12 @@ from scipy.sparse import csgraph
 
 from spg.kernels.finite import (
     Tables,
-    belief,
     expected_kernel,
     finite_kernel,
     noise_free,
     random_controller,
     random_successors,
+    start_distribution,
     tables,
 )
 
@@ -111,7 +111,7 @@ def test_noise_free_takes_the_most_probable():
 def test_the_expected_kernel_moves_the_law_of_the_istate():
     kernel = random_controller(4, 3, 2, out_degree=2, std=1.0, key=jr.key(0))
     other, o = expected_kernel(kernel), jnp.array(1)
-    assert np.array_equal(other.z0, belief(kernel))
+    assert np.array_equal(other.z0, start_distribution(kernel))
     table = Tables(*(x[1] for x in tables(kernel, jnp.arange(3))))
     alpha = jnp.array([0.1, 0.2, 0.3, 0.4])
     expected = np.zeros(4)

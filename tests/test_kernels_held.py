@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from spg import PolicyConfig, envs, make_kernel, reset, rollout
-from spg.envs import Tabular, traps
+from spg.envs import Tabular
 from spg.kernels.held import held_kernel
+from spg.types import Env
+from spg.worlds import traps
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -21,12 +23,13 @@ def recorded(float64):
     kernel = held_kernel(
         jr.normal(jr.key(0), (3, 6, 3)), jnp.array([0.0, 1.0, 0.5]), k=K, slots=problem.slots
     )
-    env = Tabular(problem.pomdp, max_steps_in_episode=10)
+    tabular = Tabular(problem.pomdp, max_steps_in_episode=10)
+    env = Env(tabular, tabular.default_params)
 
     @jax.jit
     def run(key):
-        carry = reset(kernel, env, env.default_params, key=key)
-        return rollout(kernel, env, env.default_params, carry, num_steps=60, key=key)[1]
+        carry = reset(kernel, env, key=key)
+        return rollout(kernel, env, carry, num_steps=60, key=key)[1]
 
     traj = jax.vmap(run)(jr.split(jr.key(1), 50))
     return problem, kernel, jax.tree.map(np.asarray, traj)
@@ -113,7 +116,7 @@ def test_bad_input_is_refused_with_its_value(change, message):
 def seeded(slots=None, **config):
     env = envs.make("matching-pomdp" if slots else "chain-pomdp", max_steps_in_episode=10)
     policy = PolicyConfig(memory="kstep", k=K, z_size=3, hidden=(4,), **config)
-    return make_kernel(policy, *env, key=jr.key(0)), env
+    return make_kernel(policy, env.spec, key=jr.key(0)), env
 
 
 @pytest.mark.parametrize("slots", [False, True])
@@ -123,8 +126,8 @@ def test_seeds_are_held_for_a_window_and_scored_once(slots):
 
     @jax.jit
     def run(key):
-        carry = reset(kernel, *env, key=key)
-        traj = rollout(kernel, *env, carry, num_steps=40, key=key)[1]
+        carry = reset(kernel, env, key=key)
+        traj = rollout(kernel, env, carry, num_steps=40, key=key)[1]
         return traj, kernel.replay(traj)
 
     traj, replay = jax.tree.map(np.asarray, jax.vmap(run)(jr.split(jr.key(1), 200)))
@@ -142,7 +145,7 @@ def test_seeds_are_held_for_a_window_and_scored_once(slots):
 
 def test_actions_depend_on_the_seed_and_not_on_the_phase():
     kernel, env = seeded()
-    obs, _ = env[0].reset(jr.key(0), env[1])
+    obs, _ = env.reset(jr.key(0))
     logits = lambda phase, seed: kernel.head(obs, jnp.append(phase, jnp.eye(3)[seed])).logits
     assert np.allclose(logits(0.0, 1), logits(0.5, 1))
     assert np.abs(logits(0.0, 1) - logits(0.0, 2)).max() > 0.1
@@ -163,11 +166,11 @@ def test_agents_of_a_team_act_on_what_each_sees():
 def test_memory_that_agents_would_share_is_refused():
     env = envs.make("matching-pomdp")
     with pytest.raises(ValueError, match="the 2 agents would share what they see by --memory s2pg"):
-        make_kernel(PolicyConfig(memory="s2pg"), *env, key=jr.key(0))
+        make_kernel(PolicyConfig(memory="s2pg"), env.spec, key=jr.key(0))
 
 
 @pytest.mark.parametrize("words", [{"previous_action": True}, {"observe": "state"}])
 def test_a_team_is_shown_what_its_agents_see_and_no_more(words):
     env = envs.make("matching-pomdp", **words)
     with pytest.raises(ValueError, match="the agents see 6 entries, and"):
-        make_kernel(PolicyConfig(memory="none"), *env, key=jr.key(0))
+        make_kernel(PolicyConfig(memory="none"), env.spec, key=jr.key(0))

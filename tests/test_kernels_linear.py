@@ -182,7 +182,7 @@ def test_the_factory_makes_linear_cells(cell):
     env = envs.make("TMaze-memory", previous_action=True)
     config = PolicyConfig(memory="bptt", cell=cell, z_size=8)
     config.check(4)
-    kernel = eqx.filter_eval_shape(lambda key: make_kernel(config, *env, key=key), jr.key(0))
+    kernel = eqx.filter_eval_shape(lambda key: make_kernel(config, env.spec, key=key), jr.key(0))
     location = kernel.cell.location
     assert type(location) is {"lru": LRU, "gated": Gated, "leaky": LeakyFilter}[cell]
     assert type(kernel.normalizer) is (Identity if cell == "leaky" else Normalizer)
@@ -192,18 +192,18 @@ def test_the_factory_makes_linear_cells(cell):
 def test_the_factory_stacks_layers_and_refuses_what_cannot_be():
     config = PolicyConfig(cell="gated", num_layers=2, z_size=8)
     env = envs.make("TMaze-memory")
-    kernel = eqx.filter_eval_shape(lambda key: make_kernel(config, *env, key=key), jr.key(0))
+    kernel = eqx.filter_eval_shape(lambda key: make_kernel(config, env.spec, key=key), jr.key(0))
     assert [type(unit) for unit in kernel.cell.location.units] == [Gated, Gated]
     config = PolicyConfig(cell="leaky", num_layers=2, z_size=8)
     env_with_action = envs.make("TMaze-memory", previous_action=True)
-    kernel = make_kernel(config, *env_with_action, key=jr.key(0))
+    kernel = make_kernel(config, env_with_action, key=jr.key(0))
     assert [type(unit) for unit in kernel.cell.location.units] == [LeakyFilter, LRU]
     assert kernel.cell.location(jnp.ones(8), jnp.zeros(8)).shape == (8,)
     for cell, num_layers in (("gru", 2), ("lru", 0)):
         with pytest.raises(ValueError, match=f"num_layers is {num_layers}; it has to be 1"):
             PolicyConfig(cell=cell, num_layers=num_layers).check(4)
     with pytest.raises(ValueError, match="--previous-action"):
-        make_kernel(PolicyConfig(cell="leaky"), *env, key=jr.key(0))
+        make_kernel(PolicyConfig(cell="leaky"), env.spec, key=jr.key(0))
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 1.2])

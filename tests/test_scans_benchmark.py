@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scripts.benchmarks import scans
-from spg.records import RunError
+from spg.training.records import RunError
 
 TINY = scans.Config(
     lengths=(3,), widths=(4,), batches=(2,), dtypes=("complex64",), repeats=2, min_ms=1e-3

@@ -13,9 +13,9 @@ import pytest
 from jax import lax
 
 from scripts import gamp, gpomdp, ppo, reinforce
-from spg import cli, training
 from spg.kernels.factory import make_kernel
-from spg.records import open_run, read_metrics
+from spg.training import cli, loop, options
+from spg.training.records import open_run, read_metrics
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"num_envs": 4, "num_seeds": 2, "z_size": 4, "eval_episodes": 2, "hidden": (8,)}
@@ -31,7 +31,7 @@ CHAIN = {"env": "MemoryChain-bsuite", "observe": "all"}
 def two_updates(script, config, tmp_path):
     config = replace(config, out=str(tmp_path / "run"))
     algorithm = script.make(config)
-    training.run(config, algorithm, open_run(config, algorithm.name))
+    loop.run(config, algorithm, open_run(config, algorithm.name))
     data = read_metrics(tmp_path / "run")
     assert data["update"].shape == (2, 2)
     return data
@@ -54,13 +54,13 @@ BRAX = {"env": "brax/inverted_pendulum", "env_params": {"max_steps_in_episode": 
 
 def test_brax_policy_is_played_on_a_page():
     config = replace(PPO, backend="positional", **BRAX)
-    env = cli.make_env(config)
-    page = cli.film(make_kernel(config, *env, key=jr.key(0)), *env, num_steps=3)
+    env = options.make_env(config)
+    page = cli.film(make_kernel(config, env.spec, key=jr.key(0)), env, num_steps=3)
     assert "<html>" in page
     assert len(page) > 1_000  # the compressed states
     config = replace(PPO, **CHAIN)
-    env = cli.make_env(config)
-    assert cli.film(make_kernel(config, *env, key=jr.key(0)), *env) is None
+    env = options.make_env(config)
+    assert cli.film(make_kernel(config, env.spec, key=jr.key(0)), env) is None
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ ONE_GRADIENT = replace(PPO, num_epochs=1, num_minibatches=1)
 @pytest.mark.parametrize(("script", "config"), [(ppo, ONE_GRADIENT), (reinforce, REINFORCE)])
 def test_training_vmaps_over_learning_rate_and_gamma(script, config):
     config = replace(config, **CHAIN) if script is ppo else config
-    env = cli.make_env(config)
+    env = options.make_env(config)
 
     def train(learning_rate, gamma, key):
         swept = replace(config, learning_rate=learning_rate, gamma=gamma)
@@ -166,7 +166,7 @@ def test_training_vmaps_over_learning_rate_and_gamma(script, config):
 def test_first_ppo_ratio_is_one_also_after_updates():
     """Observation statistics move between updates only, so each update starts at π = π_old."""
     config = replace(ONE_GRADIENT, **CHAIN)
-    env = cli.make_env(config)
+    env = options.make_env(config)
     state = ppo.init(config, env, jr.key(0))
     step = jax.jit(partial(ppo.step, config, env))
     for _ in range(3):

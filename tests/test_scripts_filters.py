@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scripts import filters
-from spg.records import RunError
+from spg.training.records import RunError
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scripts import kstep
-from spg.records import RunError
+from spg.training.records import RunError
 
 TINY = kstep.Config(k=(1, 8), num_runs=3, num_updates=4, num_episodes=8, num_steps=20)
 

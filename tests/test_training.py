@@ -17,19 +17,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from spg import cli, records, training
-from spg.records import RunError, read_metrics
+from spg.training import cli, loop, options, records
+from spg.training.records import RunError, read_metrics
 
 ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Config(cli.RunConfig):
+class Config(options.RunConfig):
     checkpoints: int = 2
     rate: float = 0.5
 
 
-def walk(config: Config, *, num_updates: int = 20, break_at: int = -1) -> training.Algorithm:
+def walk(config: Config, *, num_updates: int = 20, break_at: int = -1) -> loop.Algorithm:
     """A stand-in for learning: a random walk whose seed 1 turns nan at an update."""
 
     def init(key):
@@ -50,7 +50,7 @@ def walk(config: Config, *, num_updates: int = 20, break_at: int = -1) -> traini
         return state, metrics
 
     key_seed = lambda state: state.get("seed", jnp.int32(1))
-    return training.Algorithm(
+    return loop.Algorithm(
         name="walk",
         title="walk",
         init=init,
@@ -66,8 +66,8 @@ def walk(config: Config, *, num_updates: int = 20, break_at: int = -1) -> traini
     )
 
 
-def run(config: Config, algorithm: training.Algorithm) -> dict:
-    return training.run(config, algorithm, records.open_run(config, algorithm.name))
+def run(config: Config, algorithm: loop.Algorithm) -> dict:
+    return loop.run(config, algorithm, records.open_run(config, algorithm.name))
 
 
 def saved(out: Path) -> dict:

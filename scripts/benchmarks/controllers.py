@@ -20,7 +20,7 @@ import gamp
 import gpomdp
 import tyro
 
-from spg import cli, plotting, records
+from spg.training import cli, plots, records
 
 Task = Literal["loadunload", "heavenhell", "pentagon", "factory"]
 
@@ -104,7 +104,7 @@ def main(config: Config) -> None:
     out = Path(config.out or f"runs/controllers-{config.task}")
     num_seeds = config.num_seeds or num_seeds
     rows = []
-    curves: dict[bool, list[plotting.Curve]] = {True: [], False: []}
+    curves: dict[bool, list[plots.Curve]] = {True: [], False: []}
     for name in config.methods or methods:
         directory = out / name.replace(" ", "-").replace(",", "")
         chosen = replace(methods[name], num_seeds=num_seeds, seed=config.seed)
@@ -128,7 +128,7 @@ def main(config: Config) -> None:
         if some:
             title = f"{config.task}, {'exact' if exact else 'sampled'} gradients"
             name = "exact" if exact else "sampled"
-            plotting.learning_curve(out / f"{config.task}_{name}.png", some, title=title)
+            plots.learning_curve(out / f"{config.task}_{name}.png", some, title=title)
     with (out / f"{config.task}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

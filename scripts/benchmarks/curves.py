@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ppo
 import tyro
 
-from spg import cli, plotting, records
+from spg.training import cli, options, plots, records
 
 Task = Literal[
     "cartpole", "memorychain", "tmaze10", "tmaze50", "recall10", "recall50",
@@ -152,8 +152,8 @@ def main(config: Config) -> None:
             }
         )
     dialled = "".join(f", {k} {v:g}" for k, v in shared.env_params.items())
-    title = cli.describe(shared) + dialled
-    plotting.learning_curve(out / "curves.png", curves, title=title)
+    title = options.describe(shared) + dialled
+    plots.learning_curve(out / "curves.png", curves, title=title)
     with (out / "curves.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

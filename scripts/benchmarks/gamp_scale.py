@@ -28,31 +28,34 @@ from matplotlib.figure import Figure
 from scipy import sparse
 from scipy.sparse import linalg
 
-from spg import cli, records
-from spg.envs import problems
-from spg.exact import joint_chain
-from spg.gamp import (
+from spg.exact.enumeration import joint_chain
+from spg.exact.gamp import (
     arnoldi,
     bicgstab,
-    gamp,
+    gamp_gradient,
     gmres,
     krylov_bias,
-    krylov_law,
+    krylov_stationary,
+    long_run,
     power,
     richardson,
-    solve,
 )
 from spg.kernels.finite import random_controller, tables
 from spg.kernels.kernel import Kernel
-from spg.models import SparsePOMDP, dense, sparse_pomdp
+from spg.training import cli, records
+from spg.worlds import problems
+from spg.worlds.models import SparsePOMDP, dense, sparse_pomdp
 
 Row = dict[str, Any]
 TARGET = 1e-6  # relative error of a gradient that is good enough
 METHODS = {
     "damped": (power, richardson),
     "arnoldi": (arnoldi, partial(krylov_bias, solver=gmres)),
-    "gmres": (partial(krylov_law, solver=gmres), partial(krylov_bias, solver=gmres)),
-    "bicgstab": (partial(krylov_law, solver=bicgstab), partial(krylov_bias, solver=bicgstab)),
+    "gmres": (partial(krylov_stationary, solver=gmres), partial(krylov_bias, solver=gmres)),
+    "bicgstab": (
+        partial(krylov_stationary, solver=bicgstab),
+        partial(krylov_bias, solver=bicgstab),
+    ),
 }
 
 
@@ -134,14 +137,14 @@ def direct(kernel: Kernel, pomdp: SparsePOMDP):
     back = lambda b, trans: jax.scipy.linalg.lu_solve(lu, b.reshape(-1), trans).reshape(shape)
     law = lambda push, start, tol: (back(jnp.full(n, 1 / n), 1), jnp.zeros((), int))
     bias = lambda pull, gain, law, tol: (back(gain, 0), jnp.zeros((), int))
-    return gamp(kernel, pomdp, law=law, bias=bias)
+    return gamp_gradient(kernel, pomdp, stationary=law, bias=bias)
 
 
 def iterated(method: str, kernel: Kernel, pomdp: SparsePOMDP, tol):
     """The gradient at a tolerance that need not be known before compiling."""
     law = lambda push, start, _: METHODS[method][0](push, start, tol)
     bias = lambda pull, gain, law, _: METHODS[method][1](pull, gain, law, tol)
-    return gamp(kernel, pomdp, law=law, bias=bias)
+    return gamp_gradient(kernel, pomdp, stationary=law, bias=bias)
 
 
 def error(gradient: Kernel, reference: Kernel) -> float:
@@ -273,14 +276,14 @@ def scale_point(config: Config, world: str, size: int) -> Row:
     pomdp = WORLDS[world](size)
     built = peak() - imports
     kernel = controller(pomdp, config.num_z, seed=config.seed)
-    program, compiling = timed(compiled, gamp, kernel, pomdp)
+    program, compiling = timed(compiled, gamp_gradient, kernel, pomdp)
     gradients = [timed(program, kernel, pomdp) for _ in range(3)]
     solution, seconds = gradients[0][0][1], np.median([spent for _, spent in gradients])
     high = peak() - imports
 
     def damped(pushes, pulls, kernel, pomdp):
         law, bias = partial(power, max_products=pushes), partial(richardson, max_products=pulls)
-        return solve(kernel, pomdp, law=law, bias=bias, tol=0.0)
+        return long_run(kernel, pomdp, stationary=law, bias=bias, tol=0.0)
 
     runs = {}
     for counts in ((2, 2), (12, 2), (2, 12)):
@@ -332,7 +335,7 @@ def compare_direct(config: Config) -> Iterable[Row]:
     for size in config.direct:
         name, pomdp = _world(size, "pentagon")
         kernel = controller(pomdp, config.num_z, seed=config.seed)
-        both = {"gamp": gamp, "direct": direct}
+        both = {"gamp": gamp_gradient, "direct": direct}
         programs = {k: partial(compiled(f, kernel, pomdp), kernel, pomdp) for k, f in both.items()}
         found, seconds = interleave(programs, config.repeats)
         row = {"part": "direct", "problem": name, "n": len(pomdp.start) * config.num_z}
@@ -346,9 +349,9 @@ def compare_scipy(config: Config) -> Iterable[Row]:
         name, pomdp = _world(size, "factory")
         num_z, out_degree = (config.num_z, 3) if size else CASES["factory"][1:3]
         kernel = controller(pomdp, num_z, out_degree, seed=config.seed)
-        law = eqx.filter_jit(solve)(kernel, pomdp).law
+        law = eqx.filter_jit(long_run)(kernel, pomdp).stationary
         act, move = factors(kernel, pomdp)
-        seen = np.ravel(law) != 0  # the rest takes no part: `solve` leaves x at 0 there
+        seen = np.ravel(law) != 0  # the rest takes no part: `long_run` leaves x at 0 there
         act, d = act[seen], np.ravel(law)[seen]
         gain = act @ np.repeat(np.ravel(pomdp.mean_reward()), num_z)
         move = sparse.csc_array(move)[:, seen].tocsr()
@@ -378,7 +381,7 @@ def compare_scipy(config: Config) -> Iterable[Row]:
 def bias(tol: float, kernel: Kernel, pomdp: SparsePOMDP, law):
     """x and its products, d being known; residuals are not computed, as nothing needs them."""
     known = lambda push, start, tol: (law, jnp.zeros((), int))
-    solution = solve(kernel, pomdp, law=known, tol=tol)
+    solution = long_run(kernel, pomdp, stationary=known, tol=tol)
     return solution.bias, solution.products[1]
 
 

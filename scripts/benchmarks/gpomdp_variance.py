@@ -27,21 +27,21 @@ import tyro
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray
 
-from spg import cli, records
 from spg.estimators import gpomdp
-from spg.gamp import gamp
+from spg.exact.gamp import gamp_gradient
 from spg.kernels.finite import expected_kernel
 from spg.kernels.kernel import Kernel
-from spg.models import Problem
 from spg.rollout import reset, rollout
-from spg.types import Transition, critic_view, policy_view
+from spg.training import cli, options, records
+from spg.types import Env, Transition, critic_view, policy_view
+from spg.worlds.models import Problem
 
 ESTIMATORS = ("istate", "exp", "exp-observations")
 BASELINES = ("none", "reward", "value", "state")
 
 
 @dataclass(frozen=True)
-class Config(cli.ProblemConfig):
+class Config(options.ProblemConfig):
     out_degree: int = 4
     seed: int = 0
     num_controllers: int = 8
@@ -74,12 +74,12 @@ def record(config: Config, problem: Problem, acting: Kernel, key: PRNGKeyArray) 
     from spg.envs import Tabular
 
     env = Tabular(problem.pomdp, privileged=True)
-    env = env, env.default_params
+    env = Env(env, env.default_params)
 
     def one(key):
         reset_key, key = jr.split(key)
-        start = reset(acting, *env, key=reset_key)
-        return rollout(acting, *env, start, num_steps=config.num_steps, key=key)[1]
+        start = reset(acting, env, key=reset_key)
+        return rollout(acting, env, start, num_steps=config.num_steps, key=key)[1]
 
     return jax.vmap(one)(jr.split(key, config.num_runs))
 
@@ -89,7 +89,7 @@ def estimates(
 ) -> tuple[dict[tuple[str, str], tuple[Array, Array, Array]], Array]:
     """(variance ratio, cosine, η) by estimator and baseline."""
     num_obs = problem.pomdp.num_obs
-    gradient, solution = gamp(kernel, problem.pomdp)
+    gradient, solution = gamp_gradient(kernel, problem.pomdp)
     flat = lambda tree: ravel_pytree(eqx.filter(tree, eqx.is_inexact_array))[0]
     truth = flat(gradient)
     results = {}
@@ -136,7 +136,7 @@ def measure(config: Config, problem: Problem) -> list[Row]:
     run = jax.jit(lambda kernel, beta, key: estimates(config, problem, kernel, beta, key))
     rows = []
     for std in config.stds:
-        drawn = cli.ProblemConfig(config.problem, config.num_z, config.out_degree, std)
+        drawn = options.ProblemConfig(config.problem, config.num_z, config.out_degree, std)
         for beta in config.betas:
             some = []
             for i in range(config.num_controllers):
@@ -180,8 +180,8 @@ def draw(rows: list[Row], path: str, title: str) -> None:
 
 def main(config: Config) -> None:
     jax.config.update("jax_enable_x64", True)
-    cli.check_positive(config, "num_controllers", "num_runs", "num_steps")
-    problem = cli.open_problem(config)
+    options.check_positive(config, "num_controllers", "num_runs", "num_steps")
+    problem = options.open_problem(config)
     out = records.open_run(config, "gpomdp-variance", resumable=False)
     rows = measure(config, problem)
     with (out / "gpomdp_variance.csv").open("w", newline="") as file:

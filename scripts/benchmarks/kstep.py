@@ -25,8 +25,9 @@ import reinforce
 import tyro
 from scipy import sparse
 
-from spg import cli, kstep, plotting, records
-from spg.models import SparsePOMDP, dense
+from spg.exact import kstep
+from spg.training import cli, options, plots, records
+from spg.worlds.models import SparsePOMDP, dense
 
 Part = Literal["trap", "many", "large"]
 
@@ -84,20 +85,20 @@ def trap(config: Config, out: Path) -> list[dict[str, Any]]:
                     "noise_free": f"{summary['final_return_noise_free_mean']:.4g}",
                 }
             )
-    plotting.learning_curve(out / "trap.png", curves, title="chain, n = 4, reward .3")
+    plots.learning_curve(out / "trap.png", curves, title="chain, n = 4, reward .3")
     return rows
 
 
 def many(config: Config, out: Path) -> list[dict[str, Any]]:
     """Gradients of many random worlds, eight policies each, in one call and by a loop in NumPy."""
-    from spg.envs.traps import random_aggregated
+    from spg.worlds.traps import random_aggregated
 
     worlds = [dense(random_aggregated(seed=seed).pomdp) for seed in range(config.num_worlds)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *worlds)
     policies, weights = kstep.all_policies(3, 2), jnp.full(8, 1 / 8)
     rows = []
     for k in (1, 8, 64):
-        solve = lambda world: kstep.solve(world, policies, weights, k=k, gamma=0.9)  # noqa: B023
+        solve = lambda world: kstep.kstep_values(world, policies, weights, k=k, gamma=0.9)  # noqa: B023
         one_call = jax.jit(jax.vmap(solve))
         arrays = [jax.tree.map(np.asarray, world) for world in worlds]
         loop = lambda: np.array([_dense_loop(w, policies, weights, k) for w in arrays])  # noqa: B023
@@ -107,14 +108,14 @@ def many(config: Config, out: Path) -> list[dict[str, Any]]:
 
 def large(config: Config, out: Path) -> list[dict[str, Any]]:
     """The gradient of a discretised CartPole, 16 policies, and by a loop over SciPy's products."""
-    from spg.envs.traps import cartpole
+    from spg.worlds.traps import cartpole
 
     problem = cartpole(config.bins)
     policies, weights = kstep.all_policies(4, 2), jnp.full(16, 1 / 16)
     rows = []
     for k in (1, 4, 16, 64):
         solve = jax.jit(
-            lambda pomdp: kstep.solve(pomdp, policies, weights, k=k, gamma=0.95)  # noqa: B023
+            lambda pomdp: kstep.kstep_values(pomdp, policies, weights, k=k, gamma=0.95)  # noqa: B023
         )
         chains = _chains(problem.pomdp, policies)
         loop = lambda: _sparse_loop(problem.pomdp, chains, weights, k)  # noqa: B023
@@ -208,7 +209,7 @@ def _sparse_loop(pomdp: SparsePOMDP, chains: list, weights: Any, k: int) -> np.n
 
 
 def main(config: Config) -> None:
-    cli.check_positive(config, "num_seeds", "total_steps", "num_worlds", "repeats")
+    options.check_positive(config, "num_seeds", "total_steps", "num_worlds", "repeats")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     for name in config.parts:

@@ -33,13 +33,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ppo
 
-from spg import cli, records
 from spg.kernels.linear import Linear
 from spg.rollout import rollout
+from spg.training import cli, options, records
+from spg.types import Env
 
 
 @dataclass(frozen=True)
-class Config(cli.EnvConfig):
+class Config(options.EnvConfig):
     seed: int = 0
     num_seeds: int = 1
     """trainings vmapped into each program"""
@@ -82,7 +83,7 @@ def methods(config: Config) -> list[Method]:
     as S2PG, in one hidden layer or in one more than S2PG's head, as its cell is one more."""
     make = partial(
         ppo.Config,
-        **{k: v for k, v in vars(config).items() if k in cli.EnvConfig.__dataclass_fields__},
+        **{k: v for k, v in vars(config).items() if k in options.EnvConfig.__dataclass_fields__},
         total_steps=1000 * config.num_envs * config.num_steps,
         num_envs=config.num_envs, num_steps=config.num_steps, num_epochs=config.num_epochs,
         num_minibatches=config.num_minibatches, z_size=config.z_size,
@@ -122,7 +123,7 @@ def match(make: Callable[[int], ppo.Config], count: int) -> ppo.Config:
     return make(max(1, round(1 + (count - one) / (two - one))))
 
 
-def init(method: Method, env: ppo.Env, key: PRNGKeyArray) -> ppo.State:
+def init(method: Method, env: Env, key: PRNGKeyArray) -> ppo.State:
     state = ppo.init(method.config, env, key)
     if not method.associative:
         return state
@@ -131,20 +132,23 @@ def init(method: Method, env: ppo.Env, key: PRNGKeyArray) -> ppo.State:
     return state._replace(agent=agent, opt_state=ppo.optimiser(method.config).init(agent))
 
 
-def act(config: ppo.Config, env: ppo.Env, state: ppo.State) -> Any:
+def act(config: ppo.Config, env: Env, state: ppo.State) -> Any:
     """The rollout of one update."""
-    run = partial(rollout, state.agent.kernel, *env, num_steps=config.num_steps)
+    run = partial(rollout, state.agent.kernel, env, num_steps=config.num_steps)
     keys = jr.split(state.key, config.num_envs)
     return jax.vmap(lambda c, k: run(c, key=k))(state.carry, keys)
 
 
-def act_randomly(config: ppo.Config, env: ppo.Env, state: ppo.State) -> Any:
+def act_randomly(config: ppo.Config, env: Env, state: ppo.State) -> Any:
     """As many steps of the environments alone, with random actions."""
+
+    environment: Any = env.environment
+    space = environment.action_space(env.params)
 
     def step(env_state, key):
         action_key, env_key = jr.split(key)
-        action = env[0].action_space(env[1]).sample(action_key)
-        obs, env_state, *rest = env[0].step(env_key, env_state, action, env[1])
+        action = space.sample(action_key)
+        obs, env_state, *rest = env.step(env_key, env_state, action)
         return env_state, (obs, *rest)
 
     keys = jr.split(state.key, (config.num_envs, config.num_steps))
@@ -154,7 +158,7 @@ def act_randomly(config: ppo.Config, env: ppo.Env, state: ppo.State) -> Any:
 def measure(config: Config, compared: list[Method]) -> tuple[np.ndarray, list[Timings]]:
     """Seconds of the environment steps alone, and of each method, repeat by repeat."""
     keys = jax.vmap(jr.key)(jnp.arange(config.seed, config.seed + config.num_seeds))
-    env = cli.make_env(config)
+    env = options.make_env(config)
     programs, arguments, compile_seconds = [], [], []
     rollouts: dict[tuple, int] = {}  # BPTT of any length acts alike: timed once
 
@@ -273,7 +277,7 @@ def machine() -> str:
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    cli.check_positive(config, "repeats", "num_seeds")
+    options.check_positive(config, "repeats", "num_seeds")
     compared = methods(config)
     for method in compared:
         ppo.make(method.config)  # whatever cannot run is refused before the directory is made

@@ -29,8 +29,8 @@ from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from spg import cli, records
 from spg.scans import linear_scan
+from spg.training import cli, options, records
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def picture(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    cli.check_positive(config, "repeats", "max_numbers")
+    options.check_positive(config, "repeats", "max_numbers")
     for name in ("lengths", "widths", "batches"):
         if not getattr(config, name) or min(getattr(config, name)) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it has to list positive numbers")

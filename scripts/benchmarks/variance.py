@@ -28,13 +28,13 @@ import tyro
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from spg import cli, records
 from spg.distributions import Normal
 from spg.estimators.bounds import Constants, bptt_variance_bound, s2pg_variance_bound
 from spg.estimators.score import score_estimate
 from spg.kernels.cells import Computed, Noisy, unroll
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Normalizer
+from spg.training import cli, records
 from spg.types import Transition
 
 

@@ -19,12 +19,12 @@ from spg.envs import brax
 from spg.envs.adapters import Adapter, AdapterState, View, entries, flat, own, own_and_state
 from spg.envs.brax import Brax, render
 from spg.envs.cards import RecallCards
-from spg.envs.hidden_markov import ringworld
 from spg.envs.memory import RepeatFirst, TMaze
-from spg.envs.problems import PROBLEMS
 from spg.envs.tabular import Tabular, tabular_params
-from spg.envs.traps import TRAPS
-from spg.models import Problem
+from spg.types import Env
+from spg.worlds import WORLDS
+from spg.worlds.models import Problem
+from spg.worlds.ringworld import ringworld
 
 __all__ = [
     "Adapter",
@@ -40,9 +40,6 @@ __all__ = [
 ]
 
 OBSERVABLE = ("all", "positions", "velocities", "state")
-
-
-WORLDS: dict[str, Callable[..., Problem]] = {**PROBLEMS, **TRAPS, "ringworld": ringworld}
 
 
 def _episodes(make: Callable[..., Problem]) -> Callable[..., Environment]:
@@ -84,7 +81,7 @@ def make(
     privileged: bool = False,
     backend: str | None = None,
     **params: Any,
-) -> tuple[Adapter, Any]:
+) -> Env:
     """Open an environment, with its parameters: Gymnax, `brax/<name>`, or one of our own.
 
     `observe` is what the policy sees: "all" of the environment's own observation; its entries that
@@ -109,7 +106,7 @@ def make(
         raise ValueError(
             f"{name!r} does not run with the installed versions of JAX and its own package: {error}"
         ) from error
-    return env, env_params
+    return Env(env, env_params)
 
 
 def _full_view(env: Environment) -> View:

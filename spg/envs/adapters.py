@@ -11,7 +11,8 @@ from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from spg.types import Observation
+from spg.envs.tabular import Tabular
+from spg.types import Observation, Spec
 
 View = Callable[[Array, PyTree], Array]  # (flat own observation, environment state) -> what is seen
 
@@ -110,6 +111,22 @@ class Adapter(Environment):
     def critic_size(self, params: Any = None) -> int:
         """Size of what the critic sees, which is what the policy sees unless `privileged`."""
         return self._obs_sizes[-1]
+
+    def spec(self, params: Any = None) -> Spec:
+        """Raises ValueError for an action space that is neither Discrete nor a Box of one axis."""
+        space = self.inner.action_space(self._params if params is None else params)
+        discrete = isinstance(space, spaces.Discrete)
+        if not discrete and not (isinstance(space, spaces.Box) and len(space.shape) <= 1):
+            raise ValueError(f"action space {space} is neither Discrete nor a Box of one axis")
+        return Spec(
+            obs_size=self._obs_sizes[0],
+            critic_size=self._obs_sizes[-1],
+            num_actions=self.num_actions,
+            discrete=discrete,
+            previous_action=self.previous_action,
+            model=self.inner.pomdp if isinstance(self.inner, Tabular) else None,
+            slots=self.slots,
+        )
 
     def _convert(self, action: ArrayLike, params: Any) -> tuple[Array, Float[Array, " A"]]:
         """The action as the environment takes it, and as a vector."""

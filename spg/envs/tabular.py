@@ -10,8 +10,8 @@ from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from spg.models import POMDP, SparsePOMDP, TabularPOMDP, sparse
 from spg.types import Observation
+from spg.worlds.models import POMDP, DensePOMDP, SparsePOMDP, sparse
 
 
 class TabularState(NamedTuple):
@@ -127,7 +127,7 @@ class Tabular(Environment):
 
 def tabular_params(pomdp: POMDP, *, max_steps_in_episode: int | None = None) -> TabularParams:
     """What `Tabular` needs of a model to draw from it."""
-    model: SparsePOMDP = sparse(pomdp) if isinstance(pomdp, TabularPOMDP) else pomdp
+    model: SparsePOMDP = sparse(pomdp) if isinstance(pomdp, DensePOMDP) else pomdp
     laws = (_cumulative(x) for x in (model.probability, model.emission, model.start))
     successors, observations, start = laws
     reward = model.reward.astype(jnp.float32)  # as of every environment here

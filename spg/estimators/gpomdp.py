@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from spg.kernels.finite import belief, predict, tables
+from spg.kernels.finite import predict, start_distribution, tables
 from spg.kernels.kernel import Kernel
 from spg.scans import linear_scan
 from spg.types import Scalar, Transition, policy_view
@@ -63,9 +63,10 @@ def exp_istate(
         b_t(h) = Σ_g α_t(g) ω(h | g, o_t),   m_t = Σ_h b_t(h) μ(a_t | h, o_t),
         α_{t+1}(h) = b_t(h) μ(a_t | h, o_t) / m_t
 
-    The memory is α, the law of the I-state given the record; `belief` starts it. The gradient is
-    that of the kernel, without bias, whether actions were drawn by way of I-states or from m_t.
-    Given the record it is the mean of IState-GPOMDP's, which therefore varies more.
+    The memory is α, the distribution of the I-state given the record; `start_distribution` starts
+    it. The gradient is that of the kernel, without bias, whether actions were drawn by way of
+    I-states or from m_t. Given the record it is the mean of IState-GPOMDP's, which therefore
+    varies more.
     """
     return _filter(kernel, memory, segment, num_obs, filter_actions=True)
 
@@ -121,7 +122,7 @@ def _alphas(
     @jax.checkpoint  # what the backward pass keeps of a step is α
     def step(alpha, inputs):
         omega, successors, mu, first = inputs
-        alpha = jnp.where(first, belief(kernel), alpha)
+        alpha = jnp.where(first, start_distribution(kernel), alpha)
         prior = predict(alpha, omega, successors)
         joint = prior * mu
         m = joint.sum()
@@ -245,7 +246,7 @@ def _decay(segment: Transition, beta: Scalar) -> Float[Array, " L"]:
 # --- a baseline
 
 
-class Values(NamedTuple):
+class ValueTable(NamedTuple):
     """Σ_u β^u r seen after each I-state and place: its sums, and how often.
 
     A place is an observation, or anything else of the past: a state, where a simulator shows it.
@@ -261,15 +262,15 @@ def collect(
     returns: Float[Array, "N T"],
     *,
     num_places: int,
-) -> Values:
+) -> ValueTable:
     """The returns of N trajectories by I-state, shared out by its law α, and by place."""
     zero = jnp.zeros((num_places, alpha.shape[-1]))
     add = lambda x: zero.at[place].add(x).T
-    return Values(add(alpha * returns[..., None]), add(alpha))
+    return ValueTable(add(alpha * returns[..., None]), add(alpha))
 
 
 def value_baseline(
-    values: Values, alpha: Float[Array, "N T G"], place: Int[Array, "N T"]
+    values: ValueTable, alpha: Float[Array, "N T G"], place: Int[Array, "N T"]
 ) -> Float[Array, "N T"]:
     """Σ_g α_t(g) v(g, place_t), v the mean return. Unbiased if `values` is of other trajectories.
 

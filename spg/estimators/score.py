@@ -50,7 +50,7 @@ def reinforce(
     return jax.tree.map(component, score)
 
 
-def gpomdp(
+def episodic_gpomdp(
     kernel: Kernel,
     trajs: Transition,
     reward: Float[Array, "N T"],

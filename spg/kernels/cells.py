@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
-from spg.distributions import Delta, Law, Normal
+from spg.distributions import Delta, Distribution, Normal
 
 
 @runtime_checkable
@@ -29,7 +29,7 @@ class Location(Protocol):
 class Cell(Protocol):
     """The law ω( . | o, z) of the next internal state."""
 
-    def __call__(self, obs: Array, z: Array) -> Law: ...
+    def __call__(self, obs: Array, z: Array) -> Distribution: ...
 
     def replay(
         self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array

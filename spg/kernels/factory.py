@@ -18,7 +18,7 @@ from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear
 from spg.kernels.networks import Identity, Normalizer
 from spg.kernels.stack import Stack
 from spg.scans import num_segments
-from spg.types import policy_view
+from spg.types import Spec
 
 
 @dataclass(frozen=True)
@@ -78,33 +78,31 @@ class PolicyConfig:
         return num_segments(num_steps, self.length(num_steps))
 
 
-def make_kernel(config: PolicyConfig, env: Any, env_params: Any, *, key: PRNGKeyArray) -> Kernel:
-    """The kernel that `config` names, sized for a Gymnax environment.
+def make_kernel(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Kernel:
+    """The kernel that `config` names, for an environment of this `spec`.
 
     s2pg draws z' ~ N(cell(o, z), σ²), σ learned from state_std on; bptt computes z' = cell(o, z);
     window keeps the last `window` observations; filter computes what is known of the state of a
     finite world; kstep draws one of `z_size` seeds for k steps and starts with policies that differ
     between them; none and oracle have no memory (the oracle's environment shows the full state).
-    Where the environment has `slots`, as number matching has, each agent acts on what it sees.
+    Where the spec has `slots`, as number matching has, each agent acts on what it sees.
 
-    Raises ValueError for an action space that is neither Discrete nor a Box of one axis, for a
-    cell that cannot be made, and for a memory that agents would share.
+    Raises ValueError for a cell that cannot be made, and for a memory that agents would share.
     """
     cell_key, head_key = jr.split(key)
-    obs, _ = jax.eval_shape(env.reset, key, env_params)
-    obs_size = policy_view(obs).shape[0]
+    obs_size = spec.obs_size
     z0 = jnp.zeros({"s2pg": config.z_size, "bptt": config.z_size}.get(config.memory, 0))
     normalizer, feature = Normalizer(obs_size), None
     cell: Cell
     if config.memory == "filter":
-        cell, z0, feature = _filter(config, env, obs_size)
+        cell, z0, feature = _filter(config, spec)
         normalizer = Identity()
     elif config.memory == "window":
         cell, z0 = Computed(Window()), jnp.zeros(config.window * obs_size)
     elif config.memory == "kstep":
         cell, z0 = Seed(jnp.zeros(config.z_size), config.k), jnp.zeros(1 + config.z_size)
     elif config.memory in ("s2pg", "bptt"):
-        location = _recurrent(config, env, obs_size, key=cell_key)
+        location = _recurrent(config, spec, key=cell_key)
         cell = Computed(location)
         if config.memory == "s2pg":
             cell = Noisy(location, jnp.full(config.z_size, jnp.log(config.state_std)))
@@ -113,7 +111,7 @@ def make_kernel(config: PolicyConfig, env: Any, env_params: Any, *, key: PRNGKey
     else:
         cell = Computed(Empty())
     held = config.memory == "kstep"
-    head: Any = _head(config, env, env_params, obs_size + z0.size - held, key=head_key)
+    head: Any = _head(config, spec, obs_size + z0.size - held, key=head_key)
     if held:
         head = SeedHead(head)
     if feature is not None:
@@ -121,59 +119,50 @@ def make_kernel(config: PolicyConfig, env: Any, env_params: Any, *, key: PRNGKey
     return Kernel(cell, head, normalizer, z0)
 
 
-def _filter(config: PolicyConfig, env: Any, obs_size: int) -> Any:
-    pomdp = getattr(getattr(env, "inner", None), "pomdp", None)
-    shown = 0 if pomdp is None else pomdp.num_obs + pomdp.num_actions
-    if pomdp is None or not env.previous_action or obs_size != shown:
+def _filter(config: PolicyConfig, spec: Spec) -> Any:
+    model = spec.model
+    shown = 0 if model is None else model.num_obs + model.num_actions
+    if model is None or not spec.previous_action or spec.obs_size != shown:
         raise ValueError(
-            "--memory filter is for finite worlds, as ringworld-pomdp, with --observe all "
-            "--previous-action"
+            "memory 'filter' needs the model of a finite world, as of ringworld-pomdp, and its "
+            "whole observation followed by the previous action: observe 'all', previous_action on"
         )
     with jax.ensure_compile_time_eval():  # the model is checked
-        return filter_cell(pomdp, config.filter, decay=config.leak)
+        return filter_cell(model, config.filter, decay=config.leak)
 
 
-def _recurrent(config: PolicyConfig, env: Any, obs_size: int, *, key: PRNGKeyArray) -> Location:
-    from gymnax.environments import spaces  # here: importing gymnax starts JAX's backend
-
+def _recurrent(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Location:
     units = {"gru": GRU, "linear": Linear, "lru": LRU, "gated": Gated, "leaky": LRU}
     make = bottom = units[config.cell]
     if config.cell == "leaky":
-        if not env.previous_action:
-            raise ValueError("--cell leaky turns its state by the last action: --previous-action")
-        if not isinstance(env.action_space(), spaces.Discrete):
-            raise ValueError("--cell leaky turns its state by the last action; it is not discrete")
-        bottom = partial(LeakyFilter, num_actions=env.num_actions, leak=config.leak)
+        if not spec.previous_action:
+            raise ValueError("cell 'leaky' turns its state by the last action: previous_action on")
+        if not spec.discrete:
+            raise ValueError("cell 'leaky' turns its state by the last action; it is not discrete")
+        bottom = partial(LeakyFilter, num_actions=spec.num_actions, leak=config.leak)
     if config.num_layers == 1:
-        return bottom(obs_size, config.z_size, key=key)
-    return Stack(make, obs_size, config.z_size, config.num_layers, bottom=bottom, key=key)
+        return bottom(spec.obs_size, config.z_size, key=key)
+    return Stack(make, spec.obs_size, config.z_size, config.num_layers, bottom=bottom, key=key)
 
 
-def _head(
-    config: PolicyConfig, env: Any, env_params: Any, input_size: int, *, key: PRNGKeyArray
-) -> Head:
-    from gymnax.environments import spaces  # here: importing gymnax starts JAX's backend
-
-    space = env.action_space(env_params)
+def _head(config: PolicyConfig, spec: Spec, input_size: int, *, key: PRNGKeyArray) -> Head:
     sizes = [input_size, *config.hidden]
     gain = 2.0 if config.memory == "kstep" else 0.01  # seeds have to differ from the start
-    slots = None if config.memory == "oracle" else getattr(env, "slots", None)
+    slots = None if config.memory == "oracle" else spec.slots
     if slots is not None:
         if config.memory not in ("kstep", "none"):
             raise ValueError(
-                f"the {slots.shape[1]} agents would share what they see by --memory "
-                f"{config.memory}; kstep shares a seed alone, none nothing; the oracle is one agent"
+                f"the {slots.shape[1]} agents would share what they see with memory "
+                f"{config.memory!r}; kstep shares a seed alone, none nothing; the oracle is one "
+                "agent"
             )
-        seen = env.observation_space(env_params).shape[0]
-        if seen != slots.max() + 1:
+        if spec.obs_size != slots.max() + 1:
             raise ValueError(
-                f"the agents see {slots.max() + 1} entries, and {seen} are shown: --observe all, "
-                "without --previous-action"
+                f"the agents see {slots.max() + 1} entries, and {spec.obs_size} are shown: observe "
+                "'all', without the previous action"
             )
-        num_actions = round(space.n ** (1 / slots.shape[1]))
+        num_actions = round(spec.num_actions ** (1 / slots.shape[1]))
         return TeamHead(slots, [*sizes, num_actions], gain=gain, key=key)
-    if isinstance(space, spaces.Discrete):
-        return CategoricalHead([*sizes, space.n], gain=gain, key=key)
-    if isinstance(space, spaces.Box) and len(space.shape) == 1:
-        return NormalHead([*sizes, space.shape[0]], std=config.action_std, gain=gain, key=key)
-    raise ValueError(f"action space {space} is neither Discrete nor a Box of one axis")
+    if spec.discrete:
+        return CategoricalHead([*sizes, spec.num_actions], gain=gain, key=key)
+    return NormalHead([*sizes, spec.num_actions], std=config.action_std, gain=gain, key=key)

@@ -11,11 +11,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from spg.distributions import Delta, Law
-from spg.filters import Filter, exact_filter, forward_filter, leaky_filter
-from spg.hidden_markov import deterministic_part, hmm
+from spg.distributions import Delta, Distribution
+from spg.filters.belief import Filter, exact_filter, forward_filter, leaky_filter
 from spg.kernels.heads import Head
-from spg.models import POMDP
+from spg.worlds.hmm import deterministic_part, hmm
+from spg.worlds.models import POMDP
 
 FEATURES = ("belief", "lof", "lof-softmax", "alf", "alf-softmax", "alf-belief")
 
@@ -71,7 +71,7 @@ class FeatureHead(eqx.Module):
     head: Head
     feature: Feature
 
-    def __call__(self, obs: Array, z_next: Float[Array, " n"]) -> Law:
+    def __call__(self, obs: Array, z_next: Float[Array, " n"]) -> Distribution:
         return self.head(obs, self.feature(z_next))
 
 

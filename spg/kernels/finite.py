@@ -169,7 +169,7 @@ def tables(kernel: Kernel, obs: Array) -> Tables:
     return Tables(jax.nn.softmax(step.logits), _successors(step), jax.nn.softmax(act.logits))
 
 
-def belief(kernel: Kernel) -> Float[Array, " G"]:
+def start_distribution(kernel: Kernel) -> Float[Array, " G"]:
     """The law of the I-state that opens an episode, which is certain."""
     return jax.nn.one_hot(kernel.z0, _finite(kernel).num_z)
 
@@ -181,7 +181,7 @@ def predict(
     return jnp.zeros_like(alpha).at[successors].add(alpha[:, None] * omega)
 
 
-class Belief(eqx.Module):
+class ExpectedIState(eqx.Module):
     """A location: the law of the I-state given the observations alone, moved by `predict`."""
 
     cell: FiniteCell
@@ -214,7 +214,10 @@ def expected_kernel(kernel: Kernel) -> Kernel:
     """
     head: Any = kernel.head
     return Kernel(
-        Computed(Belief(_finite(kernel))), MixtureHead(head), kernel.normalizer, belief(kernel)
+        Computed(ExpectedIState(_finite(kernel))),
+        MixtureHead(head),
+        kernel.normalizer,
+        start_distribution(kernel),
     )
 
 

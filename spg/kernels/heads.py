@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from spg.distributions import Categorical, Law, Normal
+from spg.distributions import Categorical, Distribution, Normal
 from spg.kernels.networks import MLP
 from spg.types import Scalar
 
@@ -17,7 +17,7 @@ from spg.types import Scalar
 class Head(Protocol):
     """The law μ( . | o, z') of the action."""
 
-    def __call__(self, obs: Array, z_next: Array) -> Law: ...
+    def __call__(self, obs: Array, z_next: Array) -> Distribution: ...
 
 
 class CategoricalHead(eqx.Module):

@@ -16,7 +16,7 @@ import numpy as np
 from jax import core
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from spg.distributions import Categorical, Delta, Law
+from spg.distributions import Categorical, Delta, Distribution
 from spg.kernels.cells import replay_drawn
 from spg.kernels.finite import integer
 from spg.kernels.heads import Head
@@ -24,7 +24,7 @@ from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Identity
 
 
-class HeldLaw(eqx.Module):
+class HeldDistribution(eqx.Module):
     """Law of z' given z and the slots that are visited: new draws where nothing is held."""
 
     mixture: Float[Array, " C"]
@@ -88,9 +88,9 @@ class Held(eqx.Module):
     slots: Int[Array, "O I"]
     k: Int[Array, ""]
 
-    def __call__(self, obs: Array, z: Int[Array, " n"]) -> HeldLaw:
+    def __call__(self, obs: Array, z: Int[Array, " n"]) -> HeldDistribution:
         slots = self.slots[integer(obs)]
-        return HeldLaw(self.mixture, self.logits[:, slots], slots, z, z[0] % self.k == 0)
+        return HeldDistribution(self.mixture, self.logits[:, slots], slots, z, z[0] % self.k == 0)
 
     def replay(
         self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
@@ -154,7 +154,7 @@ class ForcedHeld(eqx.Module):
     window: Int[Array, ""]
     component: Int[Array, ""]
 
-    def __call__(self, obs: Array, z: Int[Array, " n"]) -> HeldLaw:
+    def __call__(self, obs: Array, z: Int[Array, " n"]) -> HeldDistribution:
         law: Any = self.cell(obs, z)
         sure = jnp.log(jnp.arange(len(law.mixture)) == self.component)
         here = z[0] // self.cell.k == self.window
@@ -166,7 +166,7 @@ class ForcedHeld(eqx.Module):
         return replay_drawn(self, obs, z, z_next)
 
 
-class SeedLaw(eqx.Module):
+class SeedDistribution(eqx.Module):
     """Law of z' = (phase, one-hot seed): a new seed where a window opens, else the held one."""
 
     logits: Float[Array, " n"]
@@ -209,8 +209,8 @@ class Seed(eqx.Module):
     logits: Float[Array, " n"]
     k: int = eqx.field(static=True)
 
-    def __call__(self, obs: Array, z: Float[Array, " m"]) -> SeedLaw:
-        return SeedLaw(self.logits, z, self.k)
+    def __call__(self, obs: Array, z: Float[Array, " m"]) -> SeedDistribution:
+        return SeedDistribution(self.logits, z, self.k)
 
     def replay(
         self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
@@ -223,5 +223,5 @@ class SeedHead(eqx.Module):
 
     head: Head
 
-    def __call__(self, obs: Array, z_next: Float[Array, " m"]) -> Law:
+    def __call__(self, obs: Array, z_next: Float[Array, " m"]) -> Distribution:
         return self.head(obs, z_next[1:])

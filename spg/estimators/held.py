@@ -1,0 +1,107 @@
+"""Sampled k-step policy gradients in finite worlds, from trajectories of a `held_kernel`.
+
+Derived here, after DeWeese & Qu (2026). The policy draws a component c ~ w for every window of k
+steps, and an action at the first visit of a slot in it; a score counts once per draw. Weighted with
+the *whole* return that follows, γ^t included, that is unbiased. Scoring every visit is not, nor is
+the return of the window alone.
+
+For C = 1, or where the drawn component may carry the score, `score_estimate` of the kernel is such
+an estimate; `responsibilities` takes the expectation over the component.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from spg.kernels.held import ForcedHeld
+from spg.kernels.kernel import Kernel
+from spg.scans import linear_scan
+from spg.types import Scalar, Transition, policy_view
+
+
+def responsibilities(
+    kernel: Kernel, memory: Float[Array, " C"], segment: Transition
+) -> tuple[Float[Array, " L"], Float[Array, " C"]]:
+    """log m_t, m_t the probability of the actions newly drawn at t given those of the window.
+
+        m_t = Σ_c ρ_{t-1,c} Π p_c(a | o),    ρ_{t,c} ∝ ρ_{t-1,c} Π p_c(a | o),    ρ = w at its start
+
+    A likelihood, for `estimators.gpomdp.gradient`: over a window Σ_t ∇ log m_t is ρ_c - w_c in the
+    mixture's logits and ρ_c Σ ∇ log p_c in those of component c. Unbiased with the return from t,
+    or from the window's start (`window_returns`). The memory is log ρ, `zeros(C)` at first.
+    """
+    cell: Any = kernel.cell
+    prior = jax.nn.log_softmax(cell.mixture)
+
+    def step(log_rho, x):
+        law = cell(policy_view(x.obs), x.z)
+        before = jnp.where(law.opens, prior, log_rho)
+        joint = before + law.new_actions(x.z_next)
+        log_m = jax.nn.logsumexp(joint) - jax.nn.logsumexp(before)
+        return joint, log_m
+
+    memory, log_m = lax.scan(step, memory, segment)
+    return log_m, memory
+
+
+def discounted_returns(segment: Transition, *, gamma: Scalar) -> Float[Array, " T"]:
+    """γ^t G_t within the episode, t counted from its start: the weight of a draw at step t.
+
+    An episode that the segment's end cuts off loses the rest of its return.
+    """
+    time = segment.z[:, 0]
+    going = ~(segment.terminated | segment.truncated)
+    decay = jnp.append(going[:-1], False).astype(segment.reward.dtype)
+    return linear_scan(decay, gamma**time * segment.reward, reverse=True)
+
+
+def window_returns(kernel: Kernel, segment: Transition, *, gamma: Scalar) -> Float[Array, " T"]:
+    """`discounted_returns` from the start of each step's window: more variance, no bias.
+
+    The segment has to start with an episode.
+    """
+    cell: Any = kernel.cell
+    steps = jnp.arange(len(segment.reward))
+    return discounted_returns(segment, gamma=gamma)[steps - segment.z[:, 0] % cell.k]
+
+
+def hold(
+    kernel: Kernel, component: Int[Array, ""], *, gamma: Scalar, key: PRNGKeyArray
+) -> tuple[Kernel, Int[Array, ""], Int[Array, ""]]:
+    """The kernel that holds `component` in window M, with M and how many windows it lives on.
+
+    Both numbers are geometric, P(n) = (1 - γ^k) γ^{kn}. Roll the kernel out for T steps and give
+    the record to `direct_estimate`; what lies beyond T is missing, about
+    γ^T (1 + (1 - γ^k) T/k) of the estimate.
+    """
+    cell: Any = kernel.cell
+    u = jr.uniform(key, (2,), minval=jnp.finfo(jnp.float32).tiny)
+    window, life = jnp.floor(jnp.log(u) / (cell.k * jnp.log(gamma))).astype(int)
+    return eqx.tree_at(lambda k: k.cell, kernel, ForcedHeld(cell, window, component)), window, life
+
+
+def direct_estimate(
+    traj: Transition,
+    window: Int[Array, ""],
+    life: Int[Array, ""],
+    *,
+    k: int | Int[Array, ""],
+    gamma: Scalar,
+) -> Float[Array, ""]:
+    """∂J/∂w_D from one trajectory of `hold`, D held in window M: no score, no weight w_D.
+
+        Σ_{m=M}^{M+life} Σ_{i<k} γ^i r_{mk+i} / (1 - γ^k)
+
+    Discounting inside windows alone, with survival of each window's end with probability γ^k in
+    its place between them. The trajectory starts an episode; what follows its end does not count.
+    """
+    ended = jnp.cumsum(traj.terminated | traj.truncated)
+    window_of, step = jnp.divmod(jnp.arange(len(ended)), k)
+    counted = (window_of >= window) & (window_of <= window + life)
+    counted &= jnp.append(True, ended[:-1] == 0)
+    return jnp.sum(counted * gamma**step * traj.reward) / (1 - gamma**k)

@@ -1,0 +1,1 @@
+"""Beliefs over hidden states and their linear forms."""

@@ -1,0 +1,1 @@
+"""Training: configuration, loop, records, checkpoints, plots, command line."""

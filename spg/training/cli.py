@@ -1,0 +1,125 @@
+"""The command line of the scripts: shared options, and errors in one line."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import numpy as np
+import tyro
+from jaxtyping import PRNGKeyArray
+
+from spg.exact import gamp
+from spg.kernels.finite import random_controller
+from spg.kernels.kernel import Kernel
+from spg.rollout import watch
+from spg.training import controllers, graphs, loop, records
+from spg.training.options import ProblemConfig, RunConfig, check_positive
+from spg.types import Env
+from spg.worlds.models import Problem
+
+
+def make_controller(config: ProblemConfig, problem: Problem, *, key: PRNGKeyArray) -> Kernel:
+    """The controller that a training starts from."""
+    return random_controller(
+        config.num_z, problem.pomdp.num_obs, problem.pomdp.num_actions,
+        out_degree=config.out_degree, std=config.start_std, key=key,
+    )  # fmt: skip
+
+
+def save_controller(kernels: Kernel, problem: Problem, out: Path) -> None:
+    """Save the best of several controllers, `controller.npz`, and draw it where it is small.
+
+    The best by the average reward of the controller that draws I-states, from the model.
+    """
+    solve = eqx.filter_jit(lambda kernel: gamp.long_run(kernel, problem.pomdp))
+    num = kernels.z0.shape[0]
+    each = [jax.tree.map(lambda x: x[i], kernels) for i in range(num)]  # noqa: B023
+    solutions = [solve(kernel) for kernel in each]
+    rewards = [float(s.average_reward) if s.converged else -np.inf for s in solutions]
+    best = int(np.argmax(rewards))
+    controllers.save(out / "controller.npz", each[best], problem, solutions[best].stationary)
+    title = f"{problem.name}, average reward of this controller"
+    title = f"{title} {solutions[best].average_reward:.4g}"
+    graphs.draw(out / "controller.png", each[best], problem, solutions[best].stationary, title)
+
+
+def film(kernel: Kernel, env: Env, *, num_steps: int = 300) -> str | None:
+    """A page that plays the noise-free policy in Brax; None for other environments."""
+    from spg import envs
+
+    adapter = env.environment
+    if not isinstance(adapter, envs.Adapter) or not isinstance(adapter.inner, envs.Brax):
+        return None
+    play = jax.jit(lambda kernel, key: watch(kernel, env, num_steps=num_steps, key=key))
+    return envs.render(adapter.inner, play(kernel, jr.key(0)).env)
+
+
+def save_film(kernels: Kernel, env: Env, out: Path) -> None:
+    """Write `rollout.html` for the first of the kernels, where `film` has a page."""
+    page = film(jax.tree.map(lambda x: x[0], kernels), env)
+    if page is not None:
+        records.write(out / "rollout.html", page)
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def main(config_type: type[C], make: Callable[[C], loop.Algorithm], *, cores: bool = True) -> None:
+    """Parse the command line, train, and print the table of the final returns.
+
+    With `cores` each core of a CPU becomes a device, see `use_cores`.
+
+    Ends with status 2 and one line where the user erred, with 130 when interrupted.
+    """
+    config = tyro.cli(config_type)
+    try:
+        check_positive(config, "num_seeds", "checkpoints", "eval_episodes")
+        if cores:
+            use_cores(config.num_seeds)
+        algorithm = make(config)
+        directory = records.open_run(config, algorithm.name)
+    except (ValueError, OSError, records.RunError) as error:
+        fail(error)
+    again = f"--out {directory} --resume goes on from the last checkpoint"
+    print(f"{algorithm.title}; run directory {directory}", file=sys.stderr)
+    try:
+        print(records.table(directory, loop.run(config, algorithm, directory)))
+    except (records.RunError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command with {again}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def train(make: Callable[[C], loop.Algorithm], config: C, out: Path) -> dict[str, Any]:
+    """The summary of a run; of the same configuration, if its directory is there already."""
+    config = replace(config, out=str(out), resume=(out / "config.json").exists())
+    algorithm = make(config)
+    records.open_run(config, algorithm.name)
+    if (out / "summary.json").exists():
+        return json.loads((out / "summary.json").read_text())
+    print(f"{algorithm.title}, {out.name}", file=sys.stderr)
+    return loop.run(config, algorithm, out)
+
+
+def use_cores(num_seeds: int) -> None:
+    """Make the cores of a CPU devices, over which the seeds are sharded; call before JAX starts.
+
+    A core for each seed is faster than all cores on each small operation.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", loop.largest_divisor(num_seeds, cores))
+
+
+def fail(error: Exception) -> NoReturn:
+    """End the process with one line and status 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
