@@ -165,7 +165,7 @@ def test_agents_of_a_team_act_on_what_each_sees():
 
 def test_memory_that_agents_would_share_is_refused():
     env = envs.make("matching-pomdp")
-    with pytest.raises(ValueError, match="the 2 agents would share what they see by --memory s2pg"):
+    with pytest.raises(ValueError, match="the 2 agents would share what they see with memory 's2pg'"):
         make_kernel(PolicyConfig(memory="s2pg"), env.spec, key=jr.key(0))
 
 

@@ -196,13 +196,13 @@ def test_the_factory_stacks_layers_and_refuses_what_cannot_be():
     assert [type(unit) for unit in kernel.cell.location.units] == [Gated, Gated]
     config = PolicyConfig(cell="leaky", num_layers=2, z_size=8)
     env_with_action = envs.make("TMaze-memory", previous_action=True)
-    kernel = make_kernel(config, env_with_action, key=jr.key(0))
+    kernel = make_kernel(config, env_with_action.spec, key=jr.key(0))
     assert [type(unit) for unit in kernel.cell.location.units] == [LeakyFilter, LRU]
     assert kernel.cell.location(jnp.ones(8), jnp.zeros(8)).shape == (8,)
     for cell, num_layers in (("gru", 2), ("lru", 0)):
         with pytest.raises(ValueError, match=f"num_layers is {num_layers}; it has to be 1"):
             PolicyConfig(cell=cell, num_layers=num_layers).check(4)
-    with pytest.raises(ValueError, match="--previous-action"):
+    with pytest.raises(ValueError, match="previous_action on"):
         make_kernel(PolicyConfig(cell="leaky"), env.spec, key=jr.key(0))
 
 
