@@ -166,7 +166,7 @@ def sampled_gradient(
         memory = jnp.zeros((config.num_episodes, len(params.mixture)))
         mean = gpomdp.gradient(sampled.responsibilities, kernel, memory, trajs, weight)
         cell: Any = jax.tree.map(lambda g: config.num_steps * g, mean).cell
-        return Softmax(cell.logits, cell.mixture)
+        return Softmax(cell.distribution.logits, cell.distribution.mixture)
     log_w = jnp.log(law(config, world, params))
     kernel = held_kernel(
         certain_logits(world.policies, world.num_actions), log_w, k=k, slots=world.slots

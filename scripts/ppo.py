@@ -73,13 +73,8 @@ def optimiser(config: Config) -> optax.GradientTransformation:
 def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
     kernel_key, critic_key, env_key, key = jr.split(key, 4)
     kernel = make_kernel(config, env.spec, key=kernel_key)
-    critic = Critic(
-        env.spec.critic_size,
-        kernel.z0.size,
-        [*config.hidden],
-        feature=kernel.feature,
-        key=critic_key,
-    )
+    sizes = env.spec.critic_size, kernel.feature(kernel.z0).size, [*config.hidden]
+    critic = Critic(*sizes, feature=kernel.feature, key=critic_key)
     env_keys = jr.split(env_key, config.num_envs)
     carry = jax.vmap(lambda k: reset(kernel, env, key=k))(env_keys)
     agent = Agent(kernel, critic)
@@ -109,7 +104,7 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
     segments, advantage, targets = jax.tree.map(
         lambda x: x.reshape(num_segments, *x.shape[2:]), split((traj, advantage, target))
     )
-    old = jax.vmap(kernel.replay)(segments)
+    old = jax.vmap(kernel.log_prob)(segments)
     batch = (segments, old, advantage, targets)
     update = partial(gradient_step, config)
 
@@ -138,7 +133,7 @@ def gradient_step(
 
     def loss(agent):
         segments, old, advantage, target = batch
-        new = jax.vmap(agent.kernel.replay)(segments)
+        new = jax.vmap(agent.kernel.log_prob)(segments)
         surrogate = ppo_surrogate(new, old, advantage, clip=config.clip)
         value = jax.vmap(jax.vmap(agent.critic))(segments.obs, segments.z)
         value_loss = 0.5 * jnp.mean(((value - target) / agent.critic.scale) ** 2)

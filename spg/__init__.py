@@ -7,7 +7,7 @@ from spg.distributions import Categorical, Delta, Normal, TanhNormal
 from spg.estimators.returns import gae, returns_to_go
 from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
 from spg.estimators.surrogate import Surrogate, ppo_surrogate
-from spg.kernels.cells import GRU, Computed, Empty, Noisy, Window
+from spg.kernels.cells import GRU, Computed, Drawn, Empty, Location, NormalAround, Window
 from spg.kernels.critics import Critic
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.finite import expected_kernel, finite_kernel, random_controller
@@ -18,7 +18,7 @@ from spg.kernels.networks import MLP, Normalizer
 from spg.kernels.stack import Stack
 from spg.rollout import Carry, Episodes, evaluate, evaluation, reset, rollout
 from spg.scans import linear_scan, split_segments
-from spg.types import Observation, Replay, Transition
+from spg.types import Env, LogProb, Observation, Spec, Transition
 from spg.worlds.models import DensePOMDP, Problem, SparsePOMDP, dense, sparse
 
 __all__ = [
@@ -32,22 +32,26 @@ __all__ = [
     "Critic",
     "Delta",
     "DensePOMDP",
+    "Drawn",
     "Empty",
+    "Env",
     "Episodes",
     "Gated",
     "Kernel",
     "LeakyFilter",
     "Linear",
     "LinearUnit",
-    "Noisy",
+    "Location",
+    "LogProb",
     "Normal",
+    "NormalAround",
     "NormalHead",
     "Normalizer",
     "Observation",
     "PolicyConfig",
     "Problem",
-    "Replay",
     "SparsePOMDP",
+    "Spec",
     "Stack",
     "Surrogate",
     "TanhNormal",

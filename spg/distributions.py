@@ -1,19 +1,15 @@
-"""Laws of one action or one internal state: sample, mode, log_prob, entropy, replay.
-
-`replay(x)` is what makes one code path serve every method: a law with noise returns the recorded
-`x`, a computed value returns its own location, so that gradients run back through time exactly as
-far as the law lets them. Every law is of one value; callers `vmap`.
-"""
+"""Distributions of one action or one internal state; callers `vmap`."""
 
 import math
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
+from jax import lax
+from jaxtyping import Array, Float, Inexact, Int, PRNGKeyArray, PyTree
 
 _LOG_2PI = math.log(2 * math.pi)
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
@@ -21,56 +17,73 @@ _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
 
 @runtime_checkable
 class Distribution(Protocol):
-    def sample(self, *, key: PRNGKeyArray) -> Array: ...
-    def mode(self) -> Array: ...
-    def log_prob(self, x: Array) -> Array: ...
+    """The distribution of a value x, which is an array, or for some internal states a pytree."""
+
+    def sample(self, *, key: PRNGKeyArray) -> Any: ...
+    def sample_and_log_prob(self, *, key: PRNGKeyArray) -> tuple[Any, Array]: ...
+    def mode(self) -> Any: ...
+    def log_prob(self, x: Any) -> Array: ...
     def entropy(self) -> Array: ...
-    def replay(self, x: Array) -> Array: ...
 
 
 class Delta(eqx.Module):
-    """Law of a computed value. Replaying it recomputes the value, so gradients flow through."""
+    """The distribution of a computed value: all of its mass is at `loc`."""
 
-    loc: Num[Array, "..."]
+    loc: PyTree
 
-    def sample(self, *, key: PRNGKeyArray) -> Num[Array, "..."]:
+    def sample(self, *, key: PRNGKeyArray) -> PyTree:
         return self.loc
 
-    def mode(self) -> Num[Array, "..."]:
+    def sample_and_log_prob(self, *, key: PRNGKeyArray) -> tuple[PyTree, Float[Array, ""]]:
+        return self.loc, jnp.zeros(())
+
+    def mode(self) -> PyTree:
         return self.loc
 
-    def log_prob(self, x: Num[Array, "..."]) -> Float[Array, ""]:
+    def log_prob(self, x: PyTree) -> Float[Array, ""]:
         """Zero: a computed value is no choice of the policy and carries no score."""
         return jnp.zeros(())
 
     def entropy(self) -> Float[Array, ""]:
         return jnp.zeros(())
 
-    def replay(self, x: Num[Array, "..."]) -> Num[Array, "..."]:
-        return self.loc
-
 
 class Normal(eqx.Module):
     """Diagonal Gaussian N(loc, diag(std²)); log_prob and entropy are summed over components."""
 
-    loc: Float[Array, " n"]
+    loc: Inexact[Array, " n"]
     std: Float[Array, " n"]
 
-    def sample(self, *, key: PRNGKeyArray) -> Float[Array, " n"]:
-        return self.loc + self.std * jr.normal(key, self.loc.shape, self.loc.dtype)
+    def sample(self, *, key: PRNGKeyArray) -> Inexact[Array, " n"]:
+        noise = jr.normal(key, (self._parts, *self.loc.shape), self.std.dtype)
+        noise = lax.complex(*noise) if self._parts == 2 else noise[0]
+        return self.loc + self.std * noise
 
-    def mode(self) -> Float[Array, " n"]:
+    def sample_and_log_prob(
+        self, *, key: PRNGKeyArray
+    ) -> tuple[Inexact[Array, " n"], Float[Array, ""]]:
+        x = self.sample(key=key)
+        return x, self.log_prob(x)
+
+    def mode(self) -> Inexact[Array, " n"]:
         return self.loc
 
-    def log_prob(self, x: Float[Array, " n"]) -> Float[Array, ""]:
+    def log_prob(self, x: Inexact[Array, " n"]) -> Float[Array, ""]:
         residual = (x - self.loc) / self.std
-        return -0.5 * jnp.sum(residual**2) - jnp.sum(jnp.log(self.std) + 0.5 * _LOG_2PI)
+        square = residual.real**2 + residual.imag**2 if self._parts == 2 else residual**2
+        volume = self._parts * jnp.sum(jnp.log(self.std) + 0.5 * _LOG_2PI)
+        return -0.5 * jnp.sum(square) - volume
 
     def entropy(self) -> Float[Array, ""]:
-        return jnp.sum(jnp.log(self.std) + 0.5 * (_LOG_2PI + 1))
+        return self._parts * jnp.sum(jnp.log(self.std) + 0.5 * (_LOG_2PI + 1))
 
-    def replay(self, x: Float[Array, " n"]) -> Float[Array, " n"]:
-        return x
+    @property
+    def _parts(self) -> int:
+        return 2 if jnp.iscomplexobj(self.loc) else 1
+
+
+def std_from_log(log_std: Float[Array, " n"]) -> Float[Array, " n"]:
+    return jnp.exp(log_std + lax.stop_gradient(jnp.clip(log_std, -20.0, 2.0) - log_std))
 
 
 class TanhNormal(eqx.Module):
@@ -86,6 +99,12 @@ class TanhNormal(eqx.Module):
     def sample(self, *, key: PRNGKeyArray) -> Float[Array, " n"]:
         return jnp.tanh(Normal(self.loc, self.std).sample(key=key))
 
+    def sample_and_log_prob(
+        self, *, key: PRNGKeyArray
+    ) -> tuple[Float[Array, " n"], Float[Array, ""]]:
+        u, log_prob = Normal(self.loc, self.std).sample_and_log_prob(key=key)
+        return jnp.tanh(u), log_prob - jnp.sum(_log_tanh_slope(u))
+
     def mode(self) -> Float[Array, " n"]:
         return jnp.tanh(self.loc)
 
@@ -100,9 +119,6 @@ class TanhNormal(eqx.Module):
         weights = jnp.asarray(_WEIGHTS / _WEIGHTS.sum(), self.loc.dtype)
         return Normal(self.loc, self.std).entropy() + jnp.sum(weights @ _log_tanh_slope(u))
 
-    def replay(self, x: Float[Array, " n"]) -> Float[Array, " n"]:
-        return x
-
 
 class Categorical(eqx.Module):
     """Law of an integer with unnormalised log-probabilities `logits`.
@@ -115,6 +131,10 @@ class Categorical(eqx.Module):
 
     def sample(self, *, key: PRNGKeyArray) -> Int[Array, ""]:
         return self._value(jr.categorical(key, self.logits))
+
+    def sample_and_log_prob(self, *, key: PRNGKeyArray) -> tuple[Int[Array, ""], Float[Array, ""]]:
+        i = jr.categorical(key, self.logits)
+        return self._value(i), jax.nn.log_softmax(self.logits)[i]
 
     def mode(self) -> Int[Array, ""]:
         return self._value(jnp.argmax(self.logits))
@@ -129,9 +149,6 @@ class Categorical(eqx.Module):
         log_p = jax.nn.log_softmax(self.logits)
         p = jnp.exp(log_p)
         return -jnp.sum(p * jnp.where(p > 0, log_p, 0.0))  # 0 log 0 := 0, its gradient too
-
-    def replay(self, x: Int[Array, ""]) -> Int[Array, ""]:
-        return x
 
     def _value(self, i: Int[Array, ""]) -> Int[Array, ""]:
         return i if self.support is None else self.support[i]

@@ -18,7 +18,7 @@ class Carry(NamedTuple):
 
     env_state: PyTree
     obs: PyTree
-    z: Array
+    z: PyTree
     first: Bool[Array, ""]
     episode_return: Float[Array, ""]  # of the episode under way, not discounted
     episode_length: Int[Array, ""]
@@ -81,8 +81,8 @@ def evaluate(
 ) -> Float[Array, ""]:
     """Undiscounted return of one fresh episode, cut after `max_steps`.
 
-    With `noise` actions and internal states are sampled; without, both are the modes of their
-    laws. `vmap` over keys for several episodes.
+    With `noise` actions and internal states are sampled; without, both are the modes of
+    their distributions. `vmap` over keys for several episodes.
     """
     reset_key, key = jr.split(key)
     start = reset(kernel, env, key=reset_key)

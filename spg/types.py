@@ -30,17 +30,17 @@ class Transition(NamedTuple):
     final_obs: PyTree  # [T, ...] true successor of o_t, before any reset
 
 
-class Replay(NamedTuple):
-    """log π(a, z' | o, z) of recorded steps in its two factors, and the entropy of the actions."""
+class LogProb(NamedTuple):
+    """log π(a, z' | o, z) in its two factors, and the entropy of the actions."""
 
-    log_prob_z: Float[Array, "*T"]  # log ω(z' | o, z)
-    log_prob_action: Float[Array, "*T"]  # log μ(a | o, z')
+    z: Float[Array, "*T"]  # log ω(z' | o, z)
+    action: Float[Array, "*T"]  # log μ(a | o, z')
     entropy: Float[Array, "*T"]  # of μ( . | o, z')
 
     @property
-    def log_prob(self) -> Float[Array, "*T"]:
-        """log π(a, z' | o, z), the joint."""
-        return self.log_prob_z + self.log_prob_action
+    def joint(self) -> Float[Array, "*T"]:
+        """log π(a, z' | o, z)."""
+        return self.z + self.action
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ import jax.random as jr  # noqa: E402
 import pytest  # noqa: E402
 from jax import lax  # noqa: E402
 
-from spg.kernels.cells import GRU, Computed, Empty, Noisy, Window  # noqa: E402
+from spg.kernels.cells import GRU, Computed, Drawn, Empty, NormalAround, Window  # noqa: E402
 from spg.kernels.finite import finite_kernel  # noqa: E402
 from spg.kernels.heads import CategoricalHead  # noqa: E402
 from spg.kernels.kernel import Kernel  # noqa: E402
@@ -81,7 +81,7 @@ def _make_kernel(name, key, obs_size, num_actions, z_size, state_std):
     }[name]()
     cell = Computed(location)
     if state_std is not None:
-        cell = Noisy(location, jnp.full(z_size, jnp.log(state_std)))
+        cell = Drawn(NormalAround(location, jnp.full(z_size, jnp.log(state_std))))
     head = CategoricalHead([obs_size + z_size, 4, num_actions], key=head_key)
     head = jitter(head, jitter_key)
     z0 = 0.3 * jnp.ones(z_size)

@@ -74,7 +74,10 @@ def test_filter_of_three_steps(name):
     assert np.allclose(jnp.exp(log_m), m, atol=1e-8)
     assert np.allclose(alpha, [last, 1 - last], atol=1e-8)
     assert np.allclose(value, total_value, atol=1e-7)
-    for logits, golden in ((gradient.cell.logits, by_cell), (gradient.head.logits, by_head)):
+    for logits, golden in (
+        (gradient.cell.distribution.logits, by_cell),
+        (gradient.head.logits, by_head),
+    ):
         assert np.allclose(logits[:, 0], np.outer(golden, [1, -1]), atol=1e-8)
 
 
@@ -261,8 +264,8 @@ def test_the_filter_by_observations_is_the_policy_that_acts():
     log_m, _ = LIKELIHOODS["exp-observations"](kernel, start_distribution(kernel), traj)
     other = expected_kernel(kernel)
     z = jnp.broadcast_to(other.z0, (12, 2))
-    replay = other.replay(traj._replace(z=z, z_next=z))
-    assert np.allclose(replay.log_prob, log_m, rtol=1e-12)
+    scored = other.log_prob(traj._replace(z=z, z_next=z))
+    assert np.allclose(scored.joint, log_m, rtol=1e-12)
 
 
 def test_action_filtering_finds_the_istate_that_actions_reveal():

@@ -16,7 +16,7 @@ from spg.envs import Tabular
 from spg.estimators import gpomdp, held
 from spg.estimators.score import score_estimate
 from spg.exact import kstep as exact
-from spg.kernels.held import certain_logits, held_kernel
+from spg.kernels.held import HeldState, certain_logits, held_kernel
 from spg.rollout import reset, rollout
 from spg.types import Env, Transition
 from spg.worlds.models import DensePOMDP
@@ -62,9 +62,11 @@ def enumerate_record(world, num_components):
         steps.append(np.column_stack([np.full(len(s), t + 1), component[:, t // K], held]))
     z_next = np.stack(steps, 1)
     z0 = np.broadcast_to([0, 0, -1, -1], z_next[:, :1].shape)
+    state = lambda z: HeldState(z[..., 0], z[..., 1], z[..., 2:])
     ends = np.broadcast_to(np.arange(T) == T - 1, obs.shape)
     traj = Transition(
-        obs, np.concatenate([z0, z_next[:, :-1]], 1), action, z_next, reward[s, action],
+        obs, state(np.concatenate([z0, z_next[:, :-1]], 1)), action, state(z_next),
+        reward[s, action],
         np.broadcast_to(np.arange(T) == 0, obs.shape), ends, ~ends & ends, np.roll(obs, -1, 1),
     )  # fmt: skip
     traj, prob = jax.tree.map(jnp.asarray, (traj, prob))
@@ -73,7 +75,8 @@ def enumerate_record(world, num_components):
 
 def draws(kernel, record):
     """Probability of the components and of the whole policies drawn, visited or not."""
-    log_w, log_p = jax.nn.log_softmax(kernel.cell.mixture), jax.nn.log_softmax(kernel.cell.logits)
+    cell = kernel.cell.distribution
+    log_w, log_p = jax.nn.log_softmax(cell.mixture), jax.nn.log_softmax(cell.logits)
     component, table = record.component, jnp.asarray(POLICIES)[record.policy]  # [N, 2], [N, 2, L]
     slots = np.arange(2)
     log_prob = log_w[component] + log_p[component[..., None], slots, table].sum(-1)
@@ -111,7 +114,7 @@ def every_visit(kernel, traj):
     weight = held.discounted_returns(traj, gamma=GAMMA)
 
     def surrogate(kernel):
-        log_probs = jax.nn.log_softmax(kernel.cell.logits)[0, traj.obs, traj.action]
+        log_probs = jax.nn.log_softmax(kernel.cell.distribution.logits)[0, traj.obs, traj.action]
         return weight @ log_probs
 
     return eqx.filter_grad(surrogate)(kernel)
@@ -120,7 +123,7 @@ def every_visit(kernel, traj):
 def expected_component(kernel, traj, *, weight=None):
     if weight is None:
         weight = held.discounted_returns(traj, gamma=GAMMA)
-    memory = jnp.zeros((1, len(kernel.cell.mixture)))
+    memory = jnp.zeros((1, len(kernel.cell.distribution.mixture)))
     trajs, weights = jax.tree.map(lambda x: x[None], (traj, weight))
     gradient = gpomdp.gradient(held.responsibilities, kernel, memory, trajs, T * weights)
     return gradient
@@ -189,15 +192,16 @@ def test_responsibilities_are_those_of_bayes(mixture):
         return log_m[K:].sum(), memory
 
     gradient, memory = eqx.filter_grad(surrogate, has_aux=True)(kernel)
-    w, p = jax.nn.softmax(kernel.cell.mixture), jax.nn.softmax(kernel.cell.logits)
-    held = np.asarray(traj.z_next[-1, 2:])
-    visited = held >= 0
-    joint = w * np.prod(np.where(visited, p[:, np.arange(2), held], 1), 1)
+    cell = kernel.cell.distribution
+    w, p = jax.nn.softmax(cell.mixture), jax.nn.softmax(cell.logits)
+    kept = np.asarray(traj.z_next.actions[-1])
+    visited = kept >= 0
+    joint = w * np.prod(np.where(visited, p[:, np.arange(2), kept], 1), 1)
     rho = joint / joint.sum()
     assert np.allclose(jax.nn.softmax(memory), rho)
-    assert np.allclose(gradient.cell.mixture, rho - w)
-    score = visited[:, None] * (np.eye(2)[held] - p)
-    assert np.allclose(gradient.cell.logits, rho[:, None, None] * score)
+    assert np.allclose(gradient.cell.distribution.mixture, rho - w)
+    score = visited[:, None] * (np.eye(2)[kept] - p)
+    assert np.allclose(gradient.cell.distribution.logits, rho[:, None, None] * score)
 
 
 def test_a_list_of_policies_is_a_mixture_of_certain_components(world):
@@ -209,8 +213,9 @@ def test_a_list_of_policies_is_a_mixture_of_certain_components(world):
     truth = eqx.filter_jit(exact_gradient)(kernel, record)
     for estimator in (first_visits, expected_component):
         found = eqx.filter_jit(mean)(estimator, kernel, record)
-        assert np.allclose(found.cell.mixture, truth.cell.mixture, atol=1e-12)
-        assert not found.cell.logits.any()
+        found, exactly = found.cell.distribution, truth.cell.distribution
+        assert np.allclose(found.mixture, exactly.mixture, atol=1e-12)
+        assert not found.logits.any()
 
 
 def test_direct_estimate_is_unbiased(world):
@@ -255,7 +260,7 @@ def test_hold_holds_the_component_in_its_window_alone(world):
     kernel = held_kernel(certain_logits(POLICIES, 2), k=K)
     run = partial(held_trajectory, kernel, open_env(world), jnp.array(2), num_steps=60)
     traj, window, life = jax.jit(jax.vmap(lambda key: run(key=key)))(jr.split(jr.key(0), 2000))
-    component = traj.z_next[:, ::K, 1]  # [N, windows]
+    component = traj.z_next.component[:, ::K]  # [N, windows]
     forced = np.arange(20) == window[:, None]
     assert (component[forced] == 2).all()
     share = np.bincount(component[~forced], minlength=4) / (~forced).sum()
@@ -289,6 +294,6 @@ def test_sampled_ascents_agree_with_the_exact_gradient(world):
         return held.direct_estimate(traj, window, life, k=K, gamma=GAMMA)
 
     samples = one(jr.split(jr.key(1), 4000))
-    weights = jax.nn.softmax(kernel.cell.mixture)
+    weights = jax.nn.softmax(kernel.cell.distribution.mixture)
     truth = exact.kstep_values(world, POLICIES, weights, k=K, gamma=GAMMA).gradient[1]
     assert abs(samples.mean() - truth) < 4 * samples.std() / 4000**0.5

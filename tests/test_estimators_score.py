@@ -326,7 +326,7 @@ def test_gpomdp_is_the_loop_over_parameters_and_steps(name, segment_length):
 def test_gpomdp_of_a_computed_state_is_bptt():
     """One segment: S_t is the derivative of Σ_{i≤t} log π through the recurrence."""
     kernel, trajs, alive, reward = episodes("linear", state_std=None)
-    log_prob = lambda kernel: jax.vmap(kernel.replay)(trajs).log_prob
+    log_prob = lambda kernel: jax.vmap(kernel.log_prob)(trajs).joint
     params, static = eqx.partition(kernel, eqx.is_inexact_array)
     jacobian = jax.jit(jax.jacfwd(lambda p: log_prob(eqx.combine(p, static))))(params)
     leaves = [np.asarray(x).reshape(len(LENGTHS), 6, -1) for x in jax.tree.leaves(jacobian)]

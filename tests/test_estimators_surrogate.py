@@ -9,7 +9,7 @@ from conftest import assert_trees_close, make_kernel, make_trajectory
 from spg.estimators.score import score_estimate
 from spg.estimators.surrogate import ppo_surrogate
 from spg.scans import split_segments
-from spg.types import Replay
+from spg.types import LogProb
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -23,14 +23,14 @@ def test_the_first_ratio_is_one_and_its_gradient_the_score_estimate(
     kernel = make_kernel(name, jr.key(0), state_std=state_std)
     traj = make_trajectory(kernel, jr.key(1))
     segments = split_segments(traj, segment_length)
-    replay = eqx.filter_jit(lambda kernel: jax.vmap(kernel.replay)(segments))
-    old = replay(kernel)
+    score = eqx.filter_jit(lambda kernel: jax.vmap(kernel.log_prob)(segments))
+    old = score(kernel)
     advantage = jr.normal(jr.key(2), old.log_prob.shape)
 
     def objective(kernel):
-        return ppo_surrogate(replay(kernel), old, advantage, clip=0.2).objective.sum()
+        return ppo_surrogate(score(kernel), old, advantage, clip=0.2).objective.sum()
 
-    surrogate = ppo_surrogate(replay(kernel), old, advantage, clip=0.2)
+    surrogate = ppo_surrogate(score(kernel), old, advantage, clip=0.2)
     assert np.array_equal(surrogate.objective, advantage)  # the ratio is exactly 1
     assert not np.any(surrogate.clipped)
     assert not any(np.any(kl) for kl in (surrogate.kl, surrogate.kl_action, surrogate.kl_z))
@@ -41,10 +41,10 @@ def test_the_first_ratio_is_one_and_its_gradient_the_score_estimate(
     assert_trees_close(gradient, estimate, rtol=1e-10, atol=1e-12)
 
 
-def replays(seed, num_steps=40):
+def scores(seed, num_steps=40):
     rng = np.random.default_rng(seed)
     numbers = lambda: jnp.asarray(rng.normal(size=num_steps) * 0.3)
-    new, old = (Replay(numbers(), numbers(), numbers()) for _ in range(2))
+    new, old = (LogProb(numbers(), numbers(), numbers()) for _ in range(2))
     return new, old, numbers()
 
 
@@ -52,8 +52,8 @@ def slow_surrogate(new, old, advantage, clip):
     """Case by case: is the step better or worse than expected, is its ratio inside the clip?"""
     out = np.zeros(len(advantage))
     for t in range(len(advantage)):
-        ratio = np.exp(new.log_prob_z[t] - old.log_prob_z[t])
-        ratio *= np.exp(new.log_prob_action[t] - old.log_prob_action[t])
+        ratio = np.exp(new.z[t] - old.z[t])
+        ratio *= np.exp(new.action[t] - old.action[t])
         if advantage[t] > 0 and ratio > 1 + clip:
             ratio = 1 + clip
         if advantage[t] < 0 and ratio < 1 - clip:
@@ -64,18 +64,16 @@ def slow_surrogate(new, old, advantage, clip):
 
 @pytest.mark.parametrize("clip", [0.0, 0.1, 0.5])
 def test_surrogate_is_pessimistic_about_large_ratios(clip):
-    new, old, advantage = replays(0)
+    new, old, advantage = scores(0)
     out = ppo_surrogate(new, old, advantage, clip=clip)
     assert np.allclose(out.objective, slow_surrogate(new, old, advantage, clip), rtol=1e-12)
 
 
 def test_clipped_steps_have_no_gradient_only_where_the_clip_binds():
-    new, old, advantage = replays(1)
+    new, old, advantage = scores(1)
     slope = jax.grad(
-        lambda x: ppo_surrogate(
-            new._replace(log_prob_z=x), old, advantage, clip=0.2
-        ).objective.sum()
-    )(new.log_prob_z)
+        lambda x: ppo_surrogate(new._replace(z=x), old, advantage, clip=0.2).objective.sum()
+    )(new.z)
     ratio = np.exp(new.log_prob - old.log_prob)
     binds = ((advantage > 0) & (ratio > 1.2)) | ((advantage < 0) & (ratio < 0.8))
     assert 0 < binds.sum() < len(binds)
@@ -84,7 +82,7 @@ def test_clipped_steps_have_no_gradient_only_where_the_clip_binds():
 
 
 def test_clipped_counts_ratios_beyond_the_clip():
-    new, old, advantage = replays(2)
+    new, old, advantage = scores(2)
     ratio = np.exp(new.log_prob - old.log_prob)
     out = ppo_surrogate(new, old, advantage, clip=0.2)
     assert np.array_equal(out.clipped, (ratio > 1.2) | (ratio < 0.8))
@@ -96,7 +94,7 @@ def test_kl_estimates_are_non_negative_and_have_the_right_mean():
     log_p = lambda mean: -0.5 * (x - mean) ** 2
     zeros = jnp.zeros_like(x)
     out = ppo_surrogate(
-        Replay(log_p(shift), zeros, zeros), Replay(log_p(0.0), zeros, zeros), zeros, clip=0.2
+        LogProb(log_p(shift), zeros, zeros), LogProb(log_p(0.0), zeros, zeros), zeros, clip=0.2
     )
     kl = np.asarray(out.kl_z)
     assert kl.min() >= 0
@@ -106,7 +104,7 @@ def test_kl_estimates_are_non_negative_and_have_the_right_mean():
 
 
 def test_clip_can_be_vmapped():
-    new, old, advantage = replays(3)
+    new, old, advantage = scores(3)
     clips = jnp.array([0.1, 0.2])
     sweep = jax.jit(jax.vmap(lambda c: ppo_surrogate(new, old, advantage, clip=c).objective))(clips)
     plain = [ppo_surrogate(new, old, advantage, clip=float(c)).objective for c in clips]

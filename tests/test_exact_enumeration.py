@@ -37,11 +37,11 @@ def test_forward_recursion_equals_the_sum_over_trajectories(pomdp, kernel):
 
 def test_expected_return_has_the_gradient_of_finite_differences(pomdp, kernel):
     def value(cell_logits, head_logits):
-        where = lambda k: (k.cell.logits, k.head.logits)
+        where = lambda k: (k.cell.distribution.logits, k.head.logits)
         moved = eqx.tree_at(where, kernel, (jnp.asarray(cell_logits), jnp.asarray(head_logits)))
         return enumeration.expected_return(moved, pomdp, gamma=GAMMA, num_steps=5)
 
-    check_grads(value, (kernel.cell.logits, kernel.head.logits), order=1, rtol=1e-6)
+    check_grads(value, (kernel.cell.distribution.logits, kernel.head.logits), order=1, rtol=1e-6)
 
 
 def test_values_solve_their_equations_and_start_with_the_return(pomdp, kernel):
@@ -113,9 +113,9 @@ def test_impossible_trajectories_are_left_out(kernel):
 
 def test_a_law_that_cannot_be_enumerated_is_refused(pomdp, kernel):
     noisy = make_kernel("gru", jr.key(0), state_std=0.1)
-    with pytest.raises(TypeError, match="Noisy"):
+    with pytest.raises(TypeError, match="Drawn"):
         enumeration.trajectories(noisy, pomdp, num_steps=2)
-    with pytest.raises(TypeError, match="Noisy"):
+    with pytest.raises(TypeError, match="NormalAround"):
         enumeration.expected_return(noisy, pomdp, gamma=1.0, num_steps=2)
 
 

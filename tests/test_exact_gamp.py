@@ -10,7 +10,8 @@ from conftest import assert_trees_close, largest_difference, make_finite_kernel,
 
 from spg.distributions import Categorical
 from spg.exact import enumeration, gamp
-from spg.kernels.finite import NetworkCell, finite_kernel, random_controller, tables
+from spg.kernels.cells import Drawn
+from spg.kernels.finite import NetworkMemory, finite_kernel, random_controller, tables
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Identity
 from spg.worlds.models import DensePOMDP, dense, sparse
@@ -136,7 +137,7 @@ def test_load_unload_at_zero_logits():
         kernel = finite_kernel(jnp.zeros((num_z, 3, num_z)), jnp.zeros((num_z, 3, 2)))
         gradient, solution = gradient_of(kernel, pomdp)
         assert np.allclose(solution.average_reward, 0.05, rtol=1e-10)
-        assert np.allclose(gradient.cell.logits, 0, atol=1e-14)
+        assert np.allclose(gradient.cell.distribution.logits, 0, atol=1e-14)
         names = load_unload().observations
         loading, unloading, travel = (names.index(n) for n in ("loading", "unloading", "travel"))
         left, right = (load_unload().actions.index(n) for n in ("left", "right"))
@@ -152,11 +153,11 @@ def test_a_sparse_zero_start_moves_actions_apart_and_then_memory():
     pomdp = load_unload().pomdp
     kernel = sparse_kernel(3, 2, std=0.0)
     gradient, _ = gradient_of(kernel, pomdp)
-    assert np.allclose(gradient.cell.logits, 0, atol=1e-14)
+    assert np.allclose(gradient.cell.distribution.logits, 0, atol=1e-14)
     assert float(jnp.ptp(gradient.head.logits, axis=0).max()) > 1e-4
     assert 5.3e-3 < jnp.linalg.norm(gradient.head.logits) < 5.9e-3
     after = moved(kernel, eqx.filter(gradient, eqx.is_inexact_array), 100.0)
-    assert jnp.linalg.norm(gradient_of(after, pomdp)[0].cell.logits) > 1e-4
+    assert jnp.linalg.norm(gradient_of(after, pomdp)[0].cell.distribution.logits) > 1e-4
 
 
 class Network(eqx.Module):
@@ -168,9 +169,9 @@ class Network(eqx.Module):
 
 
 def test_networks_take_the_place_of_tables():
-    cell = NetworkCell(Network(eqx.nn.Linear(5, 2, key=jr.key(0))), 2)
+    memory = NetworkMemory(Network(eqx.nn.Linear(5, 2, key=jr.key(0))), 2)
     head = Network(eqx.nn.Linear(5, 3, key=jr.key(1)))
-    kernel = Kernel(cell, head, Identity(), jnp.zeros((), int))
+    kernel = Kernel(Drawn(memory), head, Identity(), jnp.zeros((), int))
     pomdp = random_world()
     gradient, solution = gradient_of(kernel, pomdp)
     assert solution.converged

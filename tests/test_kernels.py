@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from conftest import assert_trees_close, jitter, make_kernel, make_trajectory
 
-from spg.kernels.cells import GRU, Computed, Empty, Noisy, Window
+from spg.kernels.cells import GRU, Computed, Drawn, Empty, NormalAround, Window
 from spg.kernels.critics import Critic
-from spg.kernels.finite import TableCell
+from spg.kernels.finite import TableMemory
 from spg.kernels.heads import NormalHead
 from spg.kernels.kernel import Kernel
 from spg.kernels.linear import Linear
@@ -31,15 +31,15 @@ KERNELS = [
 SOME_KERNELS = [("gru", None), ("linear", 0.3), ("associative", None), ("finite", None)]
 
 
-replay = eqx.filter_jit(lambda kernel, traj: kernel.replay(traj))
+log_prob = eqx.filter_jit(lambda kernel, traj: kernel.log_prob(traj))
 
 
 @pytest.mark.parametrize(("name", "state_std"), KERNELS)
-def test_replay_scores_what_sample_drew(name, state_std):
-    """Law by law and step by step, with the internal state reset by hand where episodes open."""
+def test_log_prob_scores_what_sample_drew(name, state_std):
+    """Step by step, with the internal state reset by hand where episodes open."""
     kernel = make_kernel(name, jr.key(0), state_std=state_std)
     traj = make_trajectory(kernel, jr.key(1), starts=(0, 3, 4, 9))
-    scored = replay(kernel, traj)
+    scored = log_prob(kernel, traj)
 
     @jax.jit
     def score(obs, z, z_next, action):
@@ -54,7 +54,7 @@ def test_replay_scores_what_sample_drew(name, state_std):
         for recorded, true in zip(scored, truth, strict=True):
             assert np.allclose(recorded[t], true, rtol=1e-10)
         z = traj.z_next[t]
-    assert np.array_equal(scored.log_prob, scored.log_prob_z + scored.log_prob_action)
+    assert np.array_equal(scored.joint, scored.z + scored.action)
 
 
 @pytest.mark.parametrize(("name", "state_std"), SOME_KERNELS)
@@ -62,18 +62,18 @@ def test_a_segment_that_opens_inside_an_episode_carries_on_from_its_z(name, stat
     kernel = make_kernel(name, jr.key(0), state_std=state_std)
     traj = make_trajectory(kernel, jr.key(1), starts=(0, 8))
     tail = jax.tree.map(lambda x: x[5:], traj)
-    whole = jax.tree.map(lambda x: x[5:], replay(kernel, traj))
-    assert_trees_close(replay(kernel, tail), whole, rtol=1e-10)
+    whole = jax.tree.map(lambda x: x[5:], log_prob(kernel, traj))
+    assert_trees_close(log_prob(kernel, tail), whole, rtol=1e-10)
 
 
-def test_associative_replay_equals_sequential_in_value_and_gradient():
+def test_associative_scoring_equals_sequential_in_value_and_gradient():
     kernel = make_kernel("linear", jr.key(0), z_size=3)
     other = make_kernel("associative", jr.key(0), z_size=3)
     assert kernel.cell.location.method == "auto"
     assert other.cell.location.method == "associative"
     traj = make_trajectory(kernel, jr.key(1), num_steps=7, starts=(0, 3, 4, 6))
     weight = jr.normal(jr.key(2), (7,))
-    value = lambda kernel: jnp.vdot(weight, kernel.replay(traj).log_prob)
+    value = lambda kernel: jnp.vdot(weight, kernel.log_prob(traj).joint)
     value_and_grad = eqx.filter_jit(eqx.filter_value_and_grad(value))
     sequential, associative = value_and_grad(kernel), value_and_grad(other)
     for a, b in zip(jax.tree.leaves(sequential), jax.tree.leaves(associative), strict=True):
@@ -93,8 +93,42 @@ def test_vanishing_noise_recovers_the_computed_kernel(name):
         drawn = make_trajectory(noisy, jr.key(1))
         assert np.array_equal(drawn.action, traj.action)
         assert np.allclose(drawn.z_next, traj.z_next, rtol=0, atol=20 * state_std)
-        log_prob, truth = replay(noisy, drawn).log_prob_action, replay(computed, traj).log_prob
-        assert np.allclose(log_prob, truth, rtol=0, atol=50 * state_std)
+        scored, truth = log_prob(noisy, drawn).action, log_prob(computed, traj).joint
+        assert np.allclose(scored, truth, rtol=0, atol=50 * state_std)
+
+
+@pytest.mark.parametrize(("name", "state_std"), SOME_KERNELS)
+def test_a_draw_with_its_log_prob_is_the_draw_and_its_log_prob(name, state_std):
+    kernel = make_kernel(name, jr.key(0), state_std=state_std)
+    traj = make_trajectory(kernel, jr.key(1), num_steps=1, starts=(0,))
+    obs, z = traj.obs[0], traj.z[0]
+
+    @jax.jit
+    def both(key):
+        action, z_next = kernel.sample(obs, z, key=key)
+        one = traj._replace(action=action[None], z_next=z_next[None])
+        return (action, z_next, kernel.log_prob(one)), kernel.sample_and_log_prob(obs, z, key=key)
+
+    (action, z_next, scored), drawn = both(jr.key(2))
+    assert np.array_equal(drawn[0], action)
+    assert np.array_equal(drawn[1], z_next)
+    assert_trees_close(drawn[2], jax.tree.map(lambda x: x[0], scored), rtol=1e-10)
+
+
+def test_a_drawn_internal_state_is_differentiable_in_the_kernel():
+    kernel = make_kernel("gru", jr.key(0), state_std=0.3)
+    traj = make_trajectory(kernel, jr.key(1), num_steps=1, starts=(0,))
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def slope(kernel):
+        return kernel.sample_and_log_prob(traj.obs[0], traj.z[0], key=jr.key(2))[1].sum()
+
+    drawn = slope(kernel).cell.distribution
+    location = kernel.cell.distribution.location(kernel.normalizer(traj.obs[0]), traj.z[0])
+    noise = kernel.sample(traj.obs[0], traj.z[0], key=jr.key(2))[1] - location
+    assert np.allclose(drawn.log_std, noise, rtol=1e-10)  # z' = location + σ n
+    assert np.any(drawn.location.gru.weight_hh)
 
 
 @pytest.mark.parametrize(("name", "state_std"), SOME_KERNELS)
@@ -104,8 +138,8 @@ def test_kernels_agree_under_jit_and_vmap(name, state_std):
     trajs = [make_trajectory(kernel, key) for key in keys]
     batch = jax.tree.map(lambda *x: np.stack(x), *trajs)
     batch = jax.tree.map(jnp.asarray, batch)
-    plain = jax.tree.map(lambda *x: np.stack(x), *map(kernel.replay, trajs))
-    assert_trees_close(jax.jit(jax.vmap(lambda t: kernel.replay(t)))(batch), plain, rtol=1e-10)
+    plain = jax.tree.map(lambda *x: np.stack(x), *map(kernel.log_prob, trajs))
+    assert_trees_close(jax.jit(jax.vmap(lambda t: kernel.log_prob(t)))(batch), plain, rtol=1e-10)
     obs, z = batch.obs[:, 3], batch.z[:, 3]
     plain = [kernel.sample(o, x, key=key) for o, x, key in zip(obs, z, keys, strict=True)]
     drawn = jax.jit(jax.vmap(lambda o, x, key: kernel.sample(o, x, key=key)))(obs, z, keys)
@@ -113,8 +147,8 @@ def test_kernels_agree_under_jit_and_vmap(name, state_std):
         assert np.allclose(a, jnp.stack(b), rtol=1e-12)
 
 
-def test_a_replay_is_traced_once():
-    once = eqx.filter_jit(eqx.debug.assert_max_traces(lambda k, t: k.replay(t), max_traces=1))
+def test_scoring_is_traced_once():
+    once = eqx.filter_jit(eqx.debug.assert_max_traces(lambda k, t: k.log_prob(t), max_traces=1))
     for seed in range(3):
         kernel = make_kernel("gru", jr.key(seed), state_std=0.1)
         once(kernel, make_trajectory(kernel, jr.key(seed)))
@@ -123,7 +157,7 @@ def test_a_replay_is_traced_once():
 def test_action_and_state_are_drawn_with_different_randomness():
     """Both Gaussian of the same size: one key used twice would give correlation 1."""
     kernel = Kernel(
-        Noisy(Linear(1, 1, key=jr.key(0)), jnp.zeros(1)),
+        Drawn(NormalAround(Linear(1, 1, key=jr.key(0)), jnp.zeros(1))),
         NormalHead([2, 1], std=1.0, key=jr.key(1)),
         Normalizer(1),
         jnp.zeros(1),
@@ -139,7 +173,7 @@ def test_an_empty_memory_does_not_break_the_state_law():
     kernel = make_kernel("empty", jr.key(0))
     traj = make_trajectory(kernel, jr.key(1))
     assert traj.z.shape == (12, 0)
-    assert not np.any(replay(kernel, traj).log_prob_z)
+    assert not np.any(log_prob(kernel, traj).z)
 
 
 def test_window_holds_the_last_observations_oldest_first():
@@ -177,7 +211,7 @@ def test_cells_lie_where_their_location_does():
     obs, z = jr.normal(jr.key(1), (2,)), jr.normal(jr.key(2), (3,))
     location = GRU(2, 3, key=jr.key(0))
     assert np.array_equal(Computed(location)(obs, z).loc, location(obs, z))
-    law = Noisy(location, jnp.log(jnp.array([0.1, 0.2, 0.3])))(obs, z)
+    law = Drawn(NormalAround(location, jnp.log(jnp.array([0.1, 0.2, 0.3]))))(obs, z)
     assert np.array_equal(law.loc, location(obs, z))
     assert np.allclose(law.std, [0.1, 0.2, 0.3])
     assert Computed(Empty())(obs, z[:0]).loc.shape == (0,)
@@ -186,7 +220,7 @@ def test_cells_lie_where_their_location_does():
 
 def test_a_finite_cell_reads_integers_and_one_hot_observations():
     logits, successors = jr.normal(jr.key(0), (2, 3, 2)), jnp.array([1, 0]) * jnp.ones((2, 3, 2))
-    cell = TableCell(logits, successors.astype(int))
+    cell = TableMemory(logits, successors.astype(int))
     for o, g in np.ndindex(3, 2):
         for obs in (jnp.array(o), jnp.eye(3)[o]):
             law = cell(obs, jnp.array(g))
@@ -197,7 +231,7 @@ def test_a_finite_cell_reads_integers_and_one_hot_observations():
 def test_the_first_state_of_an_episode_is_not_learned():
     kernel = make_kernel("gru", jr.key(0))
     traj = make_trajectory(kernel, jr.key(1))
-    total = lambda kernel: kernel.replay(traj).log_prob.sum()
+    total = lambda kernel: kernel.log_prob(traj).joint.sum()
     grad = eqx.filter_jit(eqx.filter_grad(total))(kernel)
     assert not np.any(grad.z0)
     assert np.any(grad.cell.location.gru.weight_hh)

@@ -91,7 +91,7 @@ def test_sampled_states_are_successors():
     kernel = random_controller(5, 2, 2, out_degree=2, std=1.0, key=jr.key(0))
     law = kernel.cell(jnp.array(1), jnp.array(3))
     draws = jax.jit(jax.vmap(lambda key: law.sample(key=key)))(jr.split(jr.key(1), 400))
-    assert set(draws.tolist()) == set(kernel.cell.successors[3, 1].tolist())
+    assert set(draws.tolist()) == set(kernel.cell.distribution.successors[3, 1].tolist())
     h = law.mode()
     assert np.allclose(jnp.mean(draws == h), jnp.exp(law.log_prob(h)), atol=0.1)
 
@@ -125,4 +125,4 @@ def test_the_expected_kernel_moves_the_law_of_the_istate():
 
 def test_a_dense_controller_may_go_everywhere():
     kernel = finite_kernel(jnp.zeros((3, 2, 3)), jnp.zeros((3, 2, 2)))
-    assert masks(kernel.cell.successors).all()
+    assert masks(kernel.cell.distribution.successors).all()

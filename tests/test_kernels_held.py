@@ -7,7 +7,8 @@ import pytest
 
 from spg import PolicyConfig, envs, make_kernel, reset, rollout
 from spg.envs import Tabular
-from spg.kernels.held import held_kernel
+from spg.kernels.held import HeldState, held_kernel
+from spg.kernels.seeds import SeedState
 from spg.types import Env
 from spg.worlds import traps
 
@@ -49,18 +50,19 @@ def test_each_agent_holds_its_actions_for_a_window(recorded):
             for slot, action in zip(slots[n, t], actions[n, t], strict=True):
                 assert held.setdefault(int(slot), action) == action
             if since % K:
-                assert traj.z_next[n, t, 1] == traj.z[n, t, 1]
+                assert traj.z_next.component[n, t] == traj.z.component[n, t]
 
 
 def test_a_draw_is_scored_once(recorded):
     problem, kernel, traj = recorded
-    log_prob = jax.jit(jax.vmap(kernel.replay))(traj).log_prob
-    log_w, log_p = (jax.nn.log_softmax(x) for x in (kernel.cell.mixture, kernel.cell.logits))
+    log_prob = jax.jit(jax.vmap(kernel.log_prob))(traj).joint
+    cell = kernel.cell.distribution
+    log_w, log_p = jax.nn.log_softmax(cell.mixture), jax.nn.log_softmax(cell.logits)
     actions = np.stack(np.divmod(traj.action, 3), -1)
     slots = problem.slots[traj.obs]
     for n in range(5):
         for t in range(60):
-            c = traj.z_next[n, t, 1]
+            c = traj.z_next.component[n, t]
             opens = t % 10 % K == 0
             if opens:
                 seen = set()
@@ -74,26 +76,29 @@ def test_draws_have_the_probabilities_of_the_cell(recorded):
     """And the entropy is the mean of -log ω."""
     _, kernel, _ = recorded
     obs = jnp.array(5)
-    z = jnp.array([1, 2, -1, 0, -1, -1, -1, -1])  # in a window, slot 1 holds 'down'
+    one, two = jnp.array(1), jnp.array(2)
+    z = HeldState(one, two, jnp.array([-1, 0, -1, -1, -1, -1]))  # slot 1 holds 'down'
     for state in (kernel.z0, z):
         law = kernel.cell(obs, state)
         draw = jax.jit(jax.vmap(lambda key: law.sample(key=key)))  # noqa: B023
         z_next = draw(jr.split(jr.key(0), 20_000))
         log_prob = jax.vmap(law.log_prob)(z_next)
-        unique, count = np.unique(np.asarray(z_next), axis=0, return_counts=True)
-        prob = jnp.exp(jax.vmap(law.log_prob)(jnp.asarray(unique)))
+        columns = np.column_stack(jax.tree.leaves(z_next))
+        unique, count = np.unique(columns, axis=0, return_counts=True)
+        unique = HeldState(*map(jnp.asarray, (unique[:, 0], unique[:, 1], unique[:, 2:])))
+        prob = jnp.exp(jax.vmap(law.log_prob)(unique))
         assert np.isclose(prob.sum(), 1)
         assert np.allclose(count / 20_000, prob, atol=0.015)
         assert np.isclose(law.entropy(), -log_prob.mean(), atol=0.02)
         assert np.isclose(law.entropy(), -(prob * jnp.log(prob)).sum())
-    assert (z_next[:, 3] == 0).all()
+    assert (z_next.actions[:, 1] == 0).all()
 
 
 def test_the_noise_free_policy_takes_the_likeliest(recorded):
     _, kernel, _ = recorded
     action, z_next = kernel.mode(jnp.array(0), kernel.z0)
-    best = np.argmax(np.asarray(kernel.cell.logits[1, [0, 3]]), -1)
-    assert z_next[1] == 1
+    best = np.argmax(np.asarray(kernel.cell.distribution.logits[1, [0, 3]]), -1)
+    assert z_next.component == 1
     assert action == best[0] * 3 + best[1]
 
 
@@ -122,23 +127,22 @@ def seeded(slots=None, **config):
 @pytest.mark.parametrize("slots", [False, True])
 def test_seeds_are_held_for_a_window_and_scored_once(slots):
     kernel, env = seeded(slots)
-    kernel = eqx.tree_at(lambda k: k.cell.logits, kernel, jnp.array([0.0, 1.0, -1.0]))
+    kernel = eqx.tree_at(lambda k: k.cell.distribution.logits, kernel, jnp.array([0.0, 1.0, -1.0]))
 
     @jax.jit
     def run(key):
         carry = reset(kernel, env, key=key)
         traj = rollout(kernel, env, carry, num_steps=40, key=key)[1]
-        return traj, kernel.replay(traj)
+        return traj, kernel.log_prob(traj)
 
-    traj, replay = jax.tree.map(np.asarray, jax.vmap(run)(jr.split(jr.key(1), 200)))
-    seed = traj.z_next[..., 1:].argmax(-1)
-    assert (traj.z_next[..., 1:].sum(-1) == 1).all()
+    traj, scored = jax.tree.map(np.asarray, jax.vmap(run)(jr.split(jr.key(1), 200)))
+    seed = traj.z_next.seed
     since = np.arange(40) % 10 % K
     opens = since == 0
     assert (seed[:, 1:] == seed[:, :-1])[:, ~opens[1:]].all()
-    assert np.allclose(traj.z[..., 0], since / K)
-    log_w = jax.nn.log_softmax(kernel.cell.logits)
-    assert np.allclose(replay.log_prob_z, np.where(opens, np.asarray(log_w)[seed], 0))
+    assert np.array_equal(traj.z.step, np.broadcast_to(since, seed.shape))
+    log_w = jax.nn.log_softmax(kernel.cell.distribution.logits)
+    assert np.allclose(scored.z, np.where(opens, np.asarray(log_w)[seed], 0))
     share = np.bincount(seed[:, opens].ravel(), minlength=3) / seed[:, opens].size
     assert np.allclose(share, np.exp(log_w), atol=0.03)
 
@@ -146,15 +150,21 @@ def test_seeds_are_held_for_a_window_and_scored_once(slots):
 def test_actions_depend_on_the_seed_and_not_on_the_phase():
     kernel, env = seeded()
     obs, _ = env.reset(jr.key(0))
-    logits = lambda phase, seed: kernel.head(obs, jnp.append(phase, jnp.eye(3)[seed])).logits
-    assert np.allclose(logits(0.0, 1), logits(0.5, 1))
-    assert np.abs(logits(0.0, 1) - logits(0.0, 2)).max() > 0.1
+    logits = lambda step, seed: kernel.head(obs, SeedState(*map(jnp.array, (step, seed)))).logits
+    assert np.allclose(logits(0, 1), logits(2, 1))
+    assert np.abs(logits(0, 1) - logits(0, 2)).max() > 0.1
+
+
+def test_a_critic_sees_the_step_of_the_window_and_the_seed():
+    kernel, _ = seeded()
+    z = SeedState(jnp.array(2), jnp.array(1))
+    assert np.array_equal(kernel.feature(z), [2 / K, 0, 1, 0])
 
 
 def test_agents_of_a_team_act_on_what_each_sees():
     """Given the seed they are independent, and the second ignores what the first one sees."""
     kernel, _ = seeded(slots=True)
-    z = jnp.array([0.0, 1.0, 0.0, 0.0])
+    z = SeedState(jnp.array(0), jnp.array(0))
     view = lambda i, j: jnp.eye(6)[i] + jnp.eye(6)[3 + j]
     joint = lambda obs: np.exp(jax.nn.log_softmax(kernel.head(obs, z).logits)).reshape(3, 3)
     here, there = joint(view(0, 1)), joint(view(2, 1))
@@ -165,7 +175,7 @@ def test_agents_of_a_team_act_on_what_each_sees():
 
 def test_memory_that_agents_would_share_is_refused():
     env = envs.make("matching-pomdp")
-    with pytest.raises(ValueError, match="the 2 agents would share what they see with memory 's2pg'"):
+    with pytest.raises(ValueError, match="the 2 agents would share what they see"):
         make_kernel(PolicyConfig(memory="s2pg"), env.spec, key=jr.key(0))
 
 

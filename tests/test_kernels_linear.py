@@ -7,7 +7,7 @@ import pytest
 from conftest import assert_trees_close, jitter
 
 from spg import envs
-from spg.kernels.cells import Computed, Noisy, unroll
+from spg.kernels.cells import Computed, Drawn, Location, NormalAround
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear
 from spg.kernels.networks import Identity, Normalizer
@@ -31,26 +31,28 @@ def make(name):
     return jitter(MAKE[name](OBS, Z, key=jr.key(0)), jr.key(1), scale=0.2)
 
 
-def data():
-    obs, z, z0 = (jr.normal(jr.key(i), s) for i, s in enumerate([(STEPS, OBS), (Z,), (Z,)], 2))
+def data(name="linear"):
+    """Complex internal states for the complex units."""
+    obs, *z = (jr.normal(jr.key(i), s) for i, s in enumerate([(STEPS, OBS), (2, Z), (2, Z)], 2))
+    z, z0 = (x[0] if name in ("linear", "gated") else (x[0] + 1j * x[1])[: Z // 2] for x in z)
     return obs, z, jnp.array([False, False, True, True, False, False, True]), z0
 
 
 @pytest.mark.parametrize("name", MAKE)
 def test_a_segment_is_the_unit_step_by_step_in_value_and_gradient(name):
-    location, (obs, z, first, z0) = make(name), data()
-    weight = jnp.cos(jnp.arange(STEPS * Z)).reshape(STEPS, Z)
+    location, (obs, z, first, z0) = make(name), data(name)
+    weight = jnp.cos(jnp.arange(STEPS * z.size)).reshape(STEPS, z.size)
 
     @eqx.filter_jit
     def both(*inputs):
         def value(inputs, run):
             location, obs, z, z0 = inputs
             out = run(location, obs, z, first, z0)
-            return jnp.vdot(weight, out), out
+            return jnp.sum(weight * (out.real + 0.5 * out.imag)), out
 
         with_grad = eqx.filter_value_and_grad(value, has_aux=True)
         by_scan = with_grad(inputs, lambda location, *rest: location.unroll(*rest))
-        return by_scan, with_grad(inputs, unroll)
+        return by_scan, with_grad(inputs, Location.unroll)
 
     by_scan, by_steps = both(location, obs, z, z0)
     assert all(np.any(x) for x in jax.tree.leaves(by_steps))
@@ -58,10 +60,10 @@ def test_a_segment_is_the_unit_step_by_step_in_value_and_gradient(name):
 
 
 @pytest.mark.parametrize("state_std", [None, 0.3])
-def test_a_stack_with_or_without_noise_replays_what_it_drew(state_std):
-    location, (obs, z, first, z0) = make("stack"), data()
-    log_std = jnp.full(Z, jnp.log(state_std or 1.0))
-    cell = Noisy(location, log_std) if state_std else Computed(location)
+def test_a_stack_with_or_without_noise_scores_what_it_drew(state_std):
+    location, (obs, z, first, z0) = make("stack"), data("stack")
+    log_std = jnp.full(z.size, jnp.log(state_std or 1.0))
+    cell = Drawn(NormalAround(location, log_std)) if state_std else Computed(location)
 
     @jax.jit
     def draw(obs, z, key):
@@ -74,7 +76,7 @@ def test_a_stack_with_or_without_noise_replays_what_it_drew(state_std):
         before += [z0 if first[t] else z]
         z, score = draw(obs[t], before[-1], jr.key(t))
         after, scores = [*after, z], [*scores, score]
-    log_prob, z_next = eqx.filter_jit(cell.replay)(
+    log_prob, z_next = eqx.filter_jit(cell.log_prob)(
         obs, jnp.stack(before), jnp.stack(after), first, z0
     )
     assert np.allclose(log_prob, scores, rtol=1e-10)
@@ -82,13 +84,13 @@ def test_a_stack_with_or_without_noise_replays_what_it_drew(state_std):
 
 
 def test_lru_is_its_recurrence_in_complex_numbers():
-    unit, (obs, z, _, _) = make("lru"), data()
+    unit, (obs, z, _, _) = make("lru"), data("lru")
     decay = np.exp(-np.exp(unit.nu) + 1j * unit.theta)
     weight, bias = (
         x[:2] + 1j * x[2:] for x in map(np.asarray, (unit.inputs.weight, unit.inputs.bias))
     )
-    truth = decay * (z[:2] + 1j * z[2:]) + np.exp(unit.gamma) * (weight @ obs[0] + bias)
-    assert np.allclose(unit(obs[0], z), [*truth.real, *truth.imag], rtol=1e-12)
+    truth = decay * z + np.exp(unit.gamma) * (weight @ obs[0] + bias)
+    assert np.allclose(unit(obs[0], z), truth, rtol=1e-12)
 
 
 def test_lru_starts_in_its_ring_with_inputs_of_unit_variance():
@@ -131,8 +133,7 @@ def ring_filter(num_states, shifts, emission, leak):
 def read(unit, z):
     """w = U⁻¹ z, where U is unitary."""
     basis = np.asarray(unit.basis[0] + 1j * unit.basis[1])
-    size = len(basis)
-    return (basis.conj().T @ (z[..., :size] + 1j * z[..., size:]).T).T
+    return (basis.conj().T @ z.T).T
 
 
 def test_a_leaky_filter_turned_by_cyclic_shifts_is_the_action_controlled_filter():
@@ -142,7 +143,7 @@ def test_a_leaky_filter_turned_by_cyclic_shifts_is_the_action_controlled_filter(
     unit = ring_filter(5, shifts, emission, leak)
     y, a = rng.integers(4, size=STEPS), rng.integers(2, size=STEPS)
     obs = jnp.asarray(np.concatenate([np.eye(4)[y], np.eye(2)[a]], 1))
-    z = unit.unroll(obs, jnp.zeros(10), jnp.zeros(STEPS, bool), jnp.zeros(10))
+    z = unit.unroll(obs, jnp.zeros(5, complex), jnp.zeros(STEPS, bool), jnp.zeros(5, complex))
     w, truth = np.zeros(5), []
     for k in range(STEPS):
         w = (1 - leak) * np.roll(w, shifts[a[k]]) + leak * np.log(emission[y[k]])
@@ -154,19 +155,21 @@ def test_a_leaky_filter_of_the_swap_chain_has_the_golden_gaps():
     unit = ring_filter(2, [1], np.array([[0.9, 0.1], [0.1, 0.9]]), 0.1)
     y = np.eye(2)[[0, 1, 0, 0, 1]]
     obs = jnp.asarray(np.concatenate([y, np.ones((5, 1))], 1))
-    w = read(unit, np.asarray(unit.unroll(obs, jnp.zeros(4), jnp.zeros(5, bool), jnp.zeros(4))))
+    zero = jnp.zeros(2, complex)
+    w = read(unit, np.asarray(unit.unroll(obs, zero, jnp.zeros(5, bool), zero)))
     gaps = [0.2197225, -0.4174727, 0.5954479, -0.3161806, 0.0648401]
     assert np.allclose(w[:, 0] - w[:, 1], gaps, atol=1e-7)
 
 
 def test_a_layer_sees_the_gated_state_of_the_layer_below():
-    stack, (obs, z, _, _) = make("stack"), data()
-    low = stack.units[0](obs[0], z[:2])
+    stack, (obs, z, _, _) = make("stack"), data("stack")
+    state = stack.units[0](obs[0], z[:1])
+    low = np.concatenate([state.real, state.imag])
     norm, gate = stack.norms[0], stack.gates[0]
     normed = norm.weight * (low - low.mean()) / np.sqrt(low.var() + norm.eps) + norm.bias
     value, opening = np.split(np.asarray(gate.weight @ normed + gate.bias), 2)
     x = stack.skips[0].weight @ obs[0] + value * sigmoid(opening)
-    assert np.allclose(stack(obs[0], z), [*low, *stack.units[1](x, z[2:])], rtol=1e-10)
+    assert np.allclose(stack(obs[0], z), [*state, *stack.units[1](x, z[1:])], rtol=1e-10)
 
 
 def test_sizes_that_cannot_be_are_refused():
@@ -186,19 +189,21 @@ def test_the_factory_makes_linear_cells(cell):
     location = kernel.cell.location
     assert type(location) is {"lru": LRU, "gated": Gated, "leaky": LeakyFilter}[cell]
     assert type(kernel.normalizer) is (Identity if cell == "leaky" else Normalizer)
-    assert kernel.z0.shape == (8,)
+    assert kernel.z0.shape == ((8,) if cell == "gated" else (4,))
+    assert jnp.iscomplexobj(kernel.z0) == (cell != "gated")
 
 
 def test_the_factory_stacks_layers_and_refuses_what_cannot_be():
     config = PolicyConfig(cell="gated", num_layers=2, z_size=8)
     env = envs.make("TMaze-memory")
     kernel = eqx.filter_eval_shape(lambda key: make_kernel(config, env.spec, key=key), jr.key(0))
-    assert [type(unit) for unit in kernel.cell.location.units] == [Gated, Gated]
+    assert [type(unit) for unit in kernel.cell.distribution.location.units] == [Gated, Gated]
     config = PolicyConfig(cell="leaky", num_layers=2, z_size=8)
     env_with_action = envs.make("TMaze-memory", previous_action=True)
     kernel = make_kernel(config, env_with_action.spec, key=jr.key(0))
-    assert [type(unit) for unit in kernel.cell.location.units] == [LeakyFilter, LRU]
-    assert kernel.cell.location(jnp.ones(8), jnp.zeros(8)).shape == (8,)
+    location = kernel.cell.distribution.location
+    assert [type(unit) for unit in location.units] == [LeakyFilter, LRU]
+    assert location(jnp.ones(8), kernel.z0).shape == (4,)
     for cell, num_layers in (("gru", 2), ("lru", 0)):
         with pytest.raises(ValueError, match=f"num_layers is {num_layers}; it has to be 1"):
             PolicyConfig(cell=cell, num_layers=num_layers).check(4)

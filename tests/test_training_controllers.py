@@ -59,7 +59,7 @@ def test_a_saved_controller_comes_back(make, problem, law_of, tmp_path):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-12)
     assert back.z0 == 1
     assert back.z0.dtype == kernel.z0.dtype
-    assert all(np.isfinite(x).all() for x in (back.cell.logits, back.head.logits))
+    assert all(np.isfinite(x).all() for x in (back.cell.distribution.logits, back.head.logits))
     with np.load(path) as file:
         np.testing.assert_allclose(file["visits"], visits(problem.pomdp, law))
         assert str(file["problem"]) == "loadunload"

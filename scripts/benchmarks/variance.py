@@ -16,7 +16,7 @@ import csv
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -26,12 +26,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from jax import lax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from spg.distributions import Normal
 from spg.estimators.bounds import Constants, bptt_variance_bound, s2pg_variance_bound
 from spg.estimators.score import score_estimate
-from spg.kernels.cells import Computed, Noisy, unroll
+from spg.kernels.cells import Computed, Drawn, Location, NormalAround
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Normalizer
 from spg.training import cli, records
@@ -59,7 +59,7 @@ class Config:
     gamma: float = 1.0
 
 
-class Affine(eqx.Module):
+class Affine(Location):
     """z' = Z z + w o + b."""
 
     decay: Float[Array, ""]
@@ -68,15 +68,6 @@ class Affine(eqx.Module):
 
     def __call__(self, obs: Float[Array, " 1"], z: Float[Array, " 1"]) -> Float[Array, " 1"]:
         return self.decay * z + self.weight * obs + self.bias
-
-    def unroll(
-        self,
-        obs: Float[Array, "L 1"],
-        z: Float[Array, " 1"],
-        first: Bool[Array, " L"],
-        z0: Float[Array, " 1"],
-    ) -> Float[Array, "L 1"]:
-        return unroll(self, obs, z, first, z0)
 
 
 class AffineHead(eqx.Module):
@@ -102,7 +93,7 @@ class Row(NamedTuple):
 def make_kernel(config: Config, method: str, decay: Float[Array, ""]) -> Kernel:
     location = Affine(decay, jnp.ones(1), jnp.zeros(1))
     log_std = jnp.full(1, jnp.log(config.state_std))
-    cell = Noisy(location, log_std) if method == "S2PG" else Computed(location)
+    cell = Drawn(NormalAround(location, log_std)) if method == "S2PG" else Computed(location)
     head = AffineHead(config.gain, config.action_std, jnp.zeros(1))
     return Kernel(cell, head, Normalizer(1), jnp.zeros(1))
 
@@ -126,8 +117,9 @@ def estimate(
     weight = jnp.full(num_steps, reward @ config.gamma ** jnp.arange(num_steps))
     segment_length = 1 if method == "S2PG" else num_steps
     g = score_estimate(kernel, traj, weight, segment_length=segment_length)
-    theta = lambda k: [k.cell.location.weight, k.cell.location.bias, k.head.bias]
-    return jnp.concatenate(theta(g))
+    cell: Any = g.cell.distribution if isinstance(g.cell, Drawn) else g.cell
+    head: Any = g.head
+    return jnp.concatenate([cell.location.weight, cell.location.bias, head.bias])
 
 
 def variance(

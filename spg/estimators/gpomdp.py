@@ -52,7 +52,7 @@ def istate(
     No memory is needed, `jnp.zeros(0)`: the internal state is in the record. Any kernel that draws
     z' will do. The gradient is that of the kernel.
     """
-    return kernel.replay(segment).log_prob, memory
+    return kernel.log_prob(segment).joint, memory
 
 
 def exp_istate(

@@ -9,8 +9,6 @@ For C = 1, or where the drawn component may carry the score, `score_estimate` of
 an estimate; `responsibilities` takes the expectation over the component.
 """
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,8 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from spg.kernels.held import ForcedHeld
+from spg.kernels.cells import Drawn
+from spg.kernels.held import ForcedHeld, held
 from spg.kernels.kernel import Kernel
 from spg.scans import linear_scan
 from spg.types import Scalar, Transition, policy_view
@@ -35,13 +34,13 @@ def responsibilities(
     mixture's logits and ρ_c Σ ∇ log p_c in those of component c. Unbiased with the return from t,
     or from the window's start (`window_returns`). The memory is log ρ, `zeros(C)` at first.
     """
-    cell: Any = kernel.cell
-    prior = jax.nn.log_softmax(cell.mixture)
+    drawn = held(kernel)
+    prior = jax.nn.log_softmax(drawn.mixture)
 
     def step(log_rho, x):
-        law = cell(policy_view(x.obs), x.z)
-        before = jnp.where(law.opens, prior, log_rho)
-        joint = before + law.new_actions(x.z_next)
+        choice = drawn(policy_view(x.obs), x.z)
+        before = jnp.where(choice.opens, prior, log_rho)
+        joint = before + choice.new_actions(x.z_next)
         log_m = jax.nn.logsumexp(joint) - jax.nn.logsumexp(before)
         return joint, log_m
 
@@ -54,10 +53,9 @@ def discounted_returns(segment: Transition, *, gamma: Scalar) -> Float[Array, " 
 
     An episode that the segment's end cuts off loses the rest of its return.
     """
-    time = segment.z[:, 0]
     going = ~(segment.terminated | segment.truncated)
     decay = jnp.append(going[:-1], False).astype(segment.reward.dtype)
-    return linear_scan(decay, gamma**time * segment.reward, reverse=True)
+    return linear_scan(decay, gamma**segment.z.time * segment.reward, reverse=True)
 
 
 def window_returns(kernel: Kernel, segment: Transition, *, gamma: Scalar) -> Float[Array, " T"]:
@@ -65,9 +63,8 @@ def window_returns(kernel: Kernel, segment: Transition, *, gamma: Scalar) -> Flo
 
     The segment has to start with an episode.
     """
-    cell: Any = kernel.cell
     steps = jnp.arange(len(segment.reward))
-    return discounted_returns(segment, gamma=gamma)[steps - segment.z[:, 0] % cell.k]
+    return discounted_returns(segment, gamma=gamma)[steps - segment.z.time % held(kernel).k]
 
 
 def hold(
@@ -79,10 +76,11 @@ def hold(
     the record to `direct_estimate`; what lies beyond T is missing, about
     γ^T (1 + (1 - γ^k) T/k) of the estimate.
     """
-    cell: Any = kernel.cell
+    drawn = held(kernel)
     u = jr.uniform(key, (2,), minval=jnp.finfo(jnp.float32).tiny)
-    window, life = jnp.floor(jnp.log(u) / (cell.k * jnp.log(gamma))).astype(int)
-    return eqx.tree_at(lambda k: k.cell, kernel, ForcedHeld(cell, window, component)), window, life
+    window, life = jnp.floor(jnp.log(u) / (drawn.k * jnp.log(gamma))).astype(int)
+    forced = Drawn(ForcedHeld(drawn, window, component))
+    return eqx.tree_at(lambda k: k.cell, kernel, forced), window, life
 
 
 def direct_estimate(

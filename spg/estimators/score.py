@@ -25,7 +25,7 @@ def score_estimate(
     segments = split_segments(traj, segment_length)
 
     def surrogate(kernel):
-        log_prob = jax.vmap(kernel.replay)(segments).log_prob
+        log_prob = jax.vmap(kernel.log_prob)(segments).joint
         return jnp.vdot(lax.stop_gradient(weight), log_prob.reshape(-1))
 
     return eqx.filter_grad(surrogate)(kernel)
@@ -70,7 +70,7 @@ def episodic_gpomdp(
     """
     split = jax.vmap(lambda x: split_segments(x, segment_length), out_axes=1)  # time first
     segments, reward, alive = split((trajs, reward, alive))
-    scores = jax.vmap(eqx.filter_jacrev(lambda k, s: k.replay(s).log_prob), (None, 0))
+    scores = jax.vmap(eqx.filter_jacrev(lambda k, s: k.log_prob(s).joint), (None, 0))
 
     def step(carry, inputs):
         partial, gradient = carry

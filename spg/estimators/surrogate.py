@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from spg.types import Replay, Scalar
+from spg.types import LogProb, Scalar
 
 
 class Surrogate(NamedTuple):
@@ -20,7 +20,7 @@ class Surrogate(NamedTuple):
 
 
 def ppo_surrogate(
-    new: Replay, old: Replay, advantage: Float[Array, "*T"], *, clip: Scalar
+    new: LogProb, old: LogProb, advantage: Float[Array, "*T"], *, clip: Scalar
 ) -> Surrogate:
     """min(ρ A, clip(ρ, 1 - ε, 1 + ε) A), Schulman et al. (2017), eq. 7, on the joint ratio
 
@@ -29,8 +29,8 @@ def ppo_surrogate(
     of PPO-RS (Al-Hafez et al., 2024, algorithm 3). Exactly ρ = 1 at the first minibatch. The
     KL estimates are ρ - 1 - log ρ of each factor, non-negative, Schulman's k3.
     """
-    log_ratio_z = new.log_prob_z - old.log_prob_z
-    log_ratio_action = new.log_prob_action - old.log_prob_action
+    log_ratio_z = new.z - old.z
+    log_ratio_action = new.action - old.action
     log_ratio = log_ratio_z + log_ratio_action
     ratio = jnp.exp(log_ratio)
     objective = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)

@@ -16,8 +16,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from spg.kernels.cells import Computed
-from spg.kernels.finite import FiniteCell, start_distribution, tables
+from spg.distributions import Delta
+from spg.kernels.cells import Computed, Drawn
+from spg.kernels.finite import FiniteMemory, start_distribution, tables
 from spg.kernels.kernel import Kernel
 from spg.types import Scalar, Transition
 from spg.worlds.models import DensePOMDP
@@ -113,11 +114,12 @@ def trajectories(
     the observations. Episodes start once and terminate at T.
     """
     cell = kernel.cell
-    if not isinstance(cell, FiniteCell | Computed):
+    memory = cell.distribution if isinstance(cell, Drawn) else None
+    if not isinstance(memory, FiniteMemory) and not isinstance(cell, Computed):
         raise TypeError(f"z' must be finite or computed to be enumerated, not {type(cell)}")
     transition, observation, reward, start = jax.tree.map(np.asarray, pomdp)
     num_states, num_obs = observation.shape
-    num_z = cell.num_z if isinstance(cell, FiniteCell) else 1
+    num_z = memory.num_z if isinstance(memory, FiniteMemory) else 1
     sizes = (num_states, num_obs, num_z, reward.shape[1])
     index = np.indices(sizes * num_steps).reshape(num_steps, 4, -1)
     s, o, h, a = index.transpose(1, 2, 0)
@@ -128,14 +130,14 @@ def trajectories(
 
     edge = np.zeros(s.shape, bool)
     first, last = (jnp.asarray(np.copy(edge)).at[:, t].set(True) for t in (0, -1))
-    obs = jnp.asarray(o) if isinstance(cell, FiniteCell) else jnp.eye(num_obs)[o]
+    obs = jnp.asarray(o) if isinstance(memory, FiniteMemory) else jnp.eye(num_obs)[o]
     z0 = jnp.broadcast_to(kernel.z0, (len(prob), 1, *kernel.z0.shape))
-    if isinstance(cell, FiniteCell):
+    if isinstance(memory, FiniteMemory):
         z_next = jnp.asarray(h, kernel.z0.dtype)
     else:
         z = jnp.broadcast_to(z0, (*s.shape, *kernel.z0.shape))
-        replay = jax.vmap(cell.replay, (0, 0, 0, 0, None))
-        z_next = replay(obs, z, z, first, kernel.z0)[1]
+        score = jax.vmap(cell.log_prob, (0, 0, 0, 0, None))
+        z_next = score(obs, z, z, first, kernel.z0)[1]
     traj = Transition(
         obs=obs,
         z=jnp.concatenate([z0, z_next[:, :-1]], 1),
@@ -177,13 +179,13 @@ def enumerate_return(
 
 
 def _log_prob(kernel: Kernel, traj: Transition) -> Float[Array, ""]:
-    """Σ_t log π, a step at a time by the laws themselves: no use of `Kernel.replay`."""
+    """Σ_t log π, a step at a time by the distributions themselves, without `Kernel.log_prob`."""
 
     def step(z, x):
         obs, z = kernel.normalizer(x.obs), kernel.reset(x.first, z)
-        law = kernel.cell(obs, z)
-        z = law.replay(x.z_next)
-        return z, law.log_prob(z) + kernel.head(obs, z).log_prob(x.action)
+        memory = kernel.cell(obs, z)
+        z = memory.loc if isinstance(memory, Delta) else x.z_next
+        return z, memory.log_prob(z) + kernel.head(obs, z).log_prob(x.action)
 
     return lax.scan(step, kernel.z0, traj)[1].sum()
 

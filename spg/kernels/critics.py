@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from spg.kernels.networks import MLP, Normalizer
+from spg.kernels.networks import MLP, Flat, Normalizer
 from spg.types import critic_view
 
 
@@ -22,19 +22,19 @@ class Critic(eqx.Module):
     normalizer: Normalizer
     mean_square: Float[Array, ""]
     count: Float[Array, ""]
-    feature: Callable[[Array], Array] | None  # of z, which is seen in its place
+    feature: Callable[[PyTree], Array]  # of z, which the network sees in place of z
 
     def __init__(
         self,
         obs_size: int,
-        z_size: int,
+        feature_size: int,
         hidden: list[int],
         *,
-        feature: Callable[[Array], Array] | None = None,
+        feature: Callable[[PyTree], Array] | None = None,
         key: PRNGKeyArray,
     ):
-        self.feature = feature
-        self.mlp = MLP([obs_size + z_size, *hidden, 1], gain=1.0, key=key)
+        self.feature = Flat() if feature is None else feature
+        self.mlp = MLP([obs_size + feature_size, *hidden, 1], gain=1.0, key=key)
         self.normalizer = Normalizer(obs_size)
         self.mean_square = jnp.ones(())
         self.count = jnp.zeros(())
@@ -43,10 +43,9 @@ class Critic(eqx.Module):
     def scale(self) -> Float[Array, ""]:
         return lax.stop_gradient(jnp.sqrt(self.mean_square + 1e-8))
 
-    def __call__(self, obs: PyTree, z: Float[Array, " n"]) -> Float[Array, ""]:
+    def __call__(self, obs: PyTree, z: PyTree) -> Float[Array, ""]:
         obs = self.normalizer(critic_view(obs))
-        z = z if self.feature is None else self.feature(z)
-        return self.scale * self.mlp(jnp.concatenate([obs, z]))[0]
+        return self.scale * self.mlp(jnp.concatenate([obs, self.feature(z)]))[0]
 
     def rescale(self, returns: Float[Array, "*batch"]) -> "Critic":
         """The same V at a scale that knows these returns, van Hasselt et al. (2016), eq. 7."""

@@ -9,13 +9,22 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
-from spg.kernels.cells import GRU, Cell, Computed, Empty, Location, Noisy, Window
-from spg.kernels.filtered import FeatureHead, filter_cell
-from spg.kernels.heads import CategoricalHead, Head, NormalHead, TeamHead
-from spg.kernels.held import Seed, SeedHead
+from spg.kernels.cells import (
+    GRU,
+    Cell,
+    Computed,
+    Drawn,
+    Empty,
+    Location,
+    NormalAround,
+    Window,
+)
+from spg.kernels.filtered import filter_cell
+from spg.kernels.heads import CategoricalHead, FeatureHead, Head, NormalHead, TeamHead
 from spg.kernels.kernel import Kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear
-from spg.kernels.networks import Identity, Normalizer
+from spg.kernels.networks import Flat, Identity, Normalizer
+from spg.kernels.seeds import Seed, SeedFeature, seed_start
 from spg.kernels.stack import Stack
 from spg.scans import num_segments
 from spg.types import Spec
@@ -26,8 +35,8 @@ class PolicyConfig:
     """The policy, as the scripts offer it."""
 
     memory: Literal["s2pg", "bptt", "window", "filter", "kstep", "none", "oracle"] = "s2pg"
-    """law of z': drawn, computed, a window, a filter of the known model, a seed that is held for k
-    steps; none and oracle have no memory, the oracle sees all"""
+    """how z' follows from (o, z): drawn, computed, a window, a filter of the known model, a seed
+    that is held for k steps; none and oracle have no memory, the oracle sees all"""
     cell: Literal["gru", "linear", "lru", "gated", "leaky"] = "gru"
     """where z' lies (s2pg, bptt); leaky takes one-hot observations with --previous-action"""
     num_layers: int = 1
@@ -90,33 +99,31 @@ def make_kernel(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Kerne
     Raises ValueError for a cell that cannot be made, and for a memory that agents would share.
     """
     cell_key, head_key = jr.split(key)
-    obs_size = spec.obs_size
-    z0 = jnp.zeros({"s2pg": config.z_size, "bptt": config.z_size}.get(config.memory, 0))
-    normalizer, feature = Normalizer(obs_size), None
-    cell: Cell
+    normalizer: Normalizer | Identity = Normalizer(spec.obs_size)
+    cell: Cell = Computed(Empty())
+    z0: Any = jnp.zeros(0)
+    seen, shown = Flat(), Flat()  # what the head sees of z', the critic of z
     if config.memory == "filter":
-        cell, z0, feature = _filter(config, spec)
-        normalizer = Identity()
+        cell, z0, seen = _filter(config, spec)
+        shown, normalizer = seen, Identity()
     elif config.memory == "window":
-        cell, z0 = Computed(Window()), jnp.zeros(config.window * obs_size)
+        cell, z0 = Computed(Window()), jnp.zeros(config.window * spec.obs_size)
     elif config.memory == "kstep":
-        cell, z0 = Seed(jnp.zeros(config.z_size), config.k), jnp.zeros(1 + config.z_size)
+        cell, z0 = Drawn(Seed(jnp.zeros(config.z_size), config.k)), seed_start()
+        seen, shown = SeedFeature(config.z_size), SeedFeature(config.z_size, config.k)
     elif config.memory in ("s2pg", "bptt"):
         location = _recurrent(config, spec, key=cell_key)
+        is_complex = config.cell in ("lru", "leaky")
+        z0 = jnp.zeros(config.z_size // 2, complex) if is_complex else jnp.zeros(config.z_size)
         cell = Computed(location)
         if config.memory == "s2pg":
-            cell = Noisy(location, jnp.full(config.z_size, jnp.log(config.state_std)))
+            cell = Drawn(NormalAround(location, jnp.full(z0.size, jnp.log(config.state_std))))
         if config.cell == "leaky":
             normalizer = Identity()
-    else:
-        cell = Computed(Empty())
-    held = config.memory == "kstep"
-    head: Any = _head(config, spec, obs_size + z0.size - held, key=head_key)
-    if held:
-        head = SeedHead(head)
-    if feature is not None:
-        head = FeatureHead(head, feature)
-    return Kernel(cell, head, normalizer, z0)
+    head = _head(config, spec, spec.obs_size + seen(z0).size, key=head_key)
+    if not isinstance(seen, Flat):
+        head = FeatureHead(head, seen)
+    return Kernel(cell, head, normalizer, z0, shown)
 
 
 def _filter(config: PolicyConfig, spec: Spec) -> Any:

@@ -11,17 +11,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from spg.distributions import Delta, Distribution
 from spg.filters.belief import Filter, exact_filter, forward_filter, leaky_filter
-from spg.kernels.heads import Head
+from spg.kernels.cells import Computed, Location
 from spg.worlds.hmm import deterministic_part, hmm
 from spg.worlds.models import POMDP
 
 FEATURES = ("belief", "lof", "lof-softmax", "alf", "alf-softmax", "alf-belief")
 
 
-class FilterCell(eqx.Module):
-    """A cell: z' = filter(z, o, a), without parameters, so that replay takes it as recorded.
+class FilterLocation(Location):
+    """z' = filter(z, o, a) of a known model, without parameters or gradients.
 
     Observations are not to be normalised.
     """
@@ -30,18 +29,8 @@ class FilterCell(eqx.Module):
     num_obs: int = eqx.field(static=True)
     num_actions: int = eqx.field(static=True)
 
-    def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Delta:
-        return Delta(lax.stop_gradient(self.filter)(z, *self._read(obs)))
-
-    def replay(
-        self,
-        obs: Array,
-        z: Float[Array, "L n"],
-        z_next: Float[Array, "L n"],
-        first: Bool[Array, " L"],
-        z0: Float[Array, " n"],
-    ) -> tuple[Float[Array, " L"], Float[Array, "L n"]]:
-        return jnp.zeros(len(z_next)), z_next
+    def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Float[Array, " n"]:
+        return lax.stop_gradient(self.filter)(z, *self._read(obs))
 
     def _read(
         self, obs: Float[Array, " o"]
@@ -65,19 +54,9 @@ class Feature(eqx.Module):
         return z if self.temperature is None else jax.nn.softmax(z / self.temperature)
 
 
-class FeatureHead(eqx.Module):
-    """A head that sees a feature of z' in place of z'."""
-
-    head: Head
-    feature: Feature
-
-    def __call__(self, obs: Array, z_next: Float[Array, " n"]) -> Distribution:
-        return self.head(obs, self.feature(z_next))
-
-
 def filter_cell(
     pomdp: POMDP, feature: str, *, decay: float = 0.1
-) -> tuple[FilterCell, Float[Array, " S"], Feature]:
+) -> tuple[Computed, Float[Array, " S"], Feature]:
     """(cell, z0, what head and critic are to see of z), for a world that is known.
 
     To be made outside of `jit`, for the model is checked.
@@ -106,4 +85,5 @@ def filter_cell(
     else:
         rule = leaky_filter(model, decay=decay)
     temperature = {"": None, "softmax": 1.0, "belief": decay}[seen]
-    return FilterCell(rule, pomdp.num_obs, pomdp.num_actions), rule.init, Feature(temperature)
+    location = FilterLocation(rule, pomdp.num_obs, pomdp.num_actions)
+    return Computed(location), rule.init, Feature(temperature)

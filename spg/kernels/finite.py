@@ -15,13 +15,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from spg.distributions import Categorical
-from spg.kernels.cells import Computed, replay_drawn, unroll
+from spg.kernels.cells import Computed, Drawn, Location
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Identity
 
 
 @runtime_checkable
-class FiniteCell(Protocol):
+class FiniteMemory(Protocol):
     """ω(h | g, o) over `num_z` I-states; a `Categorical` whose support lists the successors."""
 
     @property
@@ -30,7 +30,7 @@ class FiniteCell(Protocol):
     def __call__(self, obs: Array, z: Array) -> Categorical: ...
 
 
-class TableCell(eqx.Module):
+class TableMemory(eqx.Module):
     """ω(h | g, o) ∝ exp(logits[g, o, i]) for h = successors[g, o, i]; other h never follow."""
 
     logits: Float[Array, "G O K"]
@@ -44,25 +44,15 @@ class TableCell(eqx.Module):
         o = integer(obs)
         return Categorical(self.logits[z, o], self.successors[z, o])
 
-    def replay(
-        self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
-    ) -> tuple[Float[Array, " L"], Int[Array, " L"]]:
-        return replay_drawn(self, obs, z, z_next)
 
+class NetworkMemory(eqx.Module):
+    """Any module in place of the table: `network(o, g)` is the `Categorical` of h."""
 
-class NetworkCell(eqx.Module):
-    """Any module in place of the table: `law(o, g)` is the `Categorical` of h."""
-
-    law: Callable[[Array, Array], Categorical]
+    network: Callable[[Array, Array], Categorical]
     num_z: int = eqx.field(static=True)
 
     def __call__(self, obs: Array, z: Int[Array, ""]) -> Categorical:
-        return self.law(obs, z)
-
-    def replay(
-        self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
-    ) -> tuple[Float[Array, " L"], Int[Array, " L"]]:
-        return replay_drawn(self, obs, z, z_next)
+        return self.network(obs, z)
 
 
 class TableHead(eqx.Module):
@@ -85,8 +75,8 @@ def finite_kernel(
     """
     if successors is None:
         successors = jnp.broadcast_to(jnp.arange(cell_logits.shape[2]), cell_logits.shape)
-    cell = TableCell(cell_logits, jnp.asarray(successors, int))  # of the dtype of actions
-    return Kernel(cell, TableHead(head_logits), Identity(), jnp.zeros((), int))
+    memory = TableMemory(cell_logits, jnp.asarray(successors, int))  # of the dtype of actions
+    return Kernel(Drawn(memory), TableHead(head_logits), Identity(), jnp.zeros((), int))
 
 
 def random_controller(
@@ -162,38 +152,34 @@ class Tables(NamedTuple):
 
 def tables(kernel: Kernel, obs: Array) -> Tables:
     """ω and μ at the observations `[N, ...]` in every I-state; differentiable in the kernel."""
-    z = jnp.arange(_finite(kernel).num_z)
-    at_every_z = lambda law: jax.vmap(lambda o: jax.vmap(law, (None, 0))(o, z))
+    memory, head = finite_memory(kernel), kernel.head
+    z = jnp.arange(memory.num_z)
+    at_every_z = lambda choice: jax.vmap(lambda o: jax.vmap(choice, (None, 0))(o, z))
     obs = jax.vmap(kernel.normalizer)(obs)
-    step, act = at_every_z(kernel.cell)(obs), at_every_z(kernel.head)(obs)
+    step, act = at_every_z(memory)(obs), at_every_z(head)(obs)
     return Tables(jax.nn.softmax(step.logits), _successors(step), jax.nn.softmax(act.logits))
 
 
 def start_distribution(kernel: Kernel) -> Float[Array, " G"]:
-    """The law of the I-state that opens an episode, which is certain."""
-    return jax.nn.one_hot(kernel.z0, _finite(kernel).num_z)
+    """The distribution of the I-state that opens an episode, which is certain."""
+    return jax.nn.one_hot(kernel.z0, finite_memory(kernel).num_z)
 
 
 def predict(
     alpha: Float[Array, " G"], omega: Float[Array, "G K"], successors: Int[Array, "G K"]
 ) -> Float[Array, " G"]:
-    """Σ_g α(g) ω(h | g, o): the law of the next I-state, where α is that of the present one."""
+    """Σ_g α(g) ω(h | g, o): the distribution of the next I-state, for α that of the present one."""
     return jnp.zeros_like(alpha).at[successors].add(alpha[:, None] * omega)
 
 
-class ExpectedIState(eqx.Module):
-    """A location: the law of the I-state given the observations alone, moved by `predict`."""
+class ExpectedIState(Location):
+    """The distribution of the I-state given the observations alone, moved by `predict`."""
 
-    cell: FiniteCell
+    memory: FiniteMemory
 
     def __call__(self, obs: Array, z: Float[Array, " G"]) -> Float[Array, " G"]:
-        law = jax.vmap(self.cell, (None, 0))(obs, jnp.arange(len(z)))
-        return predict(z, jax.nn.softmax(law.logits), _successors(law))
-
-    def unroll(
-        self, obs: Array, z: Float[Array, " G"], first: Bool[Array, " L"], z0: Float[Array, " G"]
-    ) -> Float[Array, "L G"]:
-        return unroll(self, obs, z, first, z0)
+        choice = jax.vmap(self.memory, (None, 0))(obs, jnp.arange(len(z)))
+        return predict(z, jax.nn.softmax(choice.logits), _successors(choice))
 
 
 class MixtureHead(eqx.Module):
@@ -202,19 +188,19 @@ class MixtureHead(eqx.Module):
     head: Callable[..., Categorical]
 
     def __call__(self, obs: Array, z_next: Float[Array, " G"]) -> Categorical:
-        law = jax.vmap(self.head, (None, 0))(obs, jnp.arange(len(z_next)))
-        return Categorical(jnp.log(z_next @ jax.nn.softmax(law.logits)))
+        choice = jax.vmap(self.head, (None, 0))(obs, jnp.arange(len(z_next)))
+        return Categorical(jnp.log(z_next @ jax.nn.softmax(choice.logits)))
 
 
 def expected_kernel(kernel: Kernel) -> Kernel:
-    """The policy of Exp-GPOMDP by observations: its internal state is the law of the I-state.
+    """The policy of Exp-GPOMDP by observations, whose z is the distribution of the I-state.
 
     It draws actions independently, where the controller's depend on each other by way of the
     I-state: another policy, with another average reward.
     """
     head: Any = kernel.head
     return Kernel(
-        Computed(ExpectedIState(_finite(kernel))),
+        Computed(ExpectedIState(finite_memory(kernel))),
         MixtureHead(head),
         kernel.normalizer,
         start_distribution(kernel),
@@ -230,20 +216,23 @@ def noise_free(kernel: Kernel, num_obs: int) -> Kernel:
     return eqx.tree_at(lambda k: k.z0, hard, kernel.z0)
 
 
-def _successors(law: Categorical) -> Int[Array, "..."]:
-    if law.support is not None:
-        return law.support
-    return jnp.broadcast_to(jnp.arange(law.logits.shape[-1]), law.logits.shape)
-
-
-def _finite(kernel: Kernel) -> FiniteCell:
-    if not isinstance(kernel.cell, FiniteCell):
-        raise TypeError(f"a finite-state controller is needed; this cell is {type(kernel.cell)}")
-    return kernel.cell
+def finite_memory(kernel: Kernel) -> FiniteMemory:
+    """ω of a finite-state controller. Raises TypeError for another kernel."""
+    memory = kernel.cell.distribution if isinstance(kernel.cell, Drawn) else kernel.cell
+    if not isinstance(memory, FiniteMemory):
+        raise TypeError(f"a finite-state controller is needed; this cell is {type(memory)}")
+    return memory
 
 
 def integer(obs: Array) -> Array:
+    """The integer of an observation: its value, or the position of its largest entry."""
     return obs if obs.ndim == 0 else jnp.argmax(obs)
+
+
+def _successors(choice: Categorical) -> Int[Array, "..."]:
+    if choice.support is not None:
+        return choice.support
+    return jnp.broadcast_to(jnp.arange(choice.logits.shape[-1]), choice.logits.shape)
 
 
 def _is_fit(successors: Int[Array, "G O K"], distinct: bool) -> Bool[Array, ""]:

@@ -1,23 +1,24 @@
-"""Laws of the action given (o, z'), and the value of (o, z)."""
+"""Distributions of the action given (o, z')."""
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from spg.distributions import Categorical, Distribution, Normal
-from spg.kernels.networks import MLP
+from spg.distributions import Categorical, Distribution, Normal, std_from_log
+from spg.kernels.networks import MLP, Flat
 from spg.types import Scalar
 
 
 @runtime_checkable
 class Head(Protocol):
-    """The law μ( . | o, z') of the action."""
+    """The distribution μ( . | o, z') of the action."""
 
-    def __call__(self, obs: Array, z_next: Array) -> Distribution: ...
+    def __call__(self, obs: Array, z_next: PyTree) -> Distribution: ...
 
 
 class CategoricalHead(eqx.Module):
@@ -28,8 +29,8 @@ class CategoricalHead(eqx.Module):
     def __init__(self, sizes: list[int], *, gain: float = 0.01, key: PRNGKeyArray):
         self.mlp = MLP(sizes, gain=gain, key=key)
 
-    def __call__(self, obs: Float[Array, " o"], z_next: Float[Array, " n"]) -> Categorical:
-        return Categorical(self.mlp(jnp.concatenate([obs, z_next])))
+    def __call__(self, obs: Float[Array, " o"], z_next: PyTree) -> Categorical:
+        return Categorical(self.mlp(jnp.concatenate([obs, Flat()(z_next)])))
 
 
 class TeamHead(eqx.Module):
@@ -54,7 +55,8 @@ class TeamHead(eqx.Module):
         self.mlp = MLP(sizes, gain=gain, key=key)
         self.sees = jnp.array([np.isin(np.arange(slots.max() + 1), s) for s in slots.T])
 
-    def __call__(self, obs: Float[Array, " o"], z_next: Float[Array, " n"]) -> Categorical:
+    def __call__(self, obs: Float[Array, " o"], z_next: PyTree) -> Categorical:
+        z_next = Flat()(z_next)
         own = jnp.where(self.sees, obs, 0.0)
         logits = jax.vmap(lambda o: self.mlp(jnp.concatenate([o, z_next])))(own)
         joint = jnp.zeros(1)
@@ -73,6 +75,16 @@ class NormalHead(eqx.Module):
         self.mlp = MLP(sizes, gain=gain, key=key)
         self.log_std = jnp.full(sizes[-1], jnp.log(std))
 
-    def __call__(self, obs: Float[Array, " o"], z_next: Float[Array, " n"]) -> Normal:
-        mean = self.mlp(jnp.concatenate([obs, z_next]))
-        return Normal(mean, jnp.exp(jnp.clip(self.log_std, -20.0, 2.0)))
+    def __call__(self, obs: Float[Array, " o"], z_next: PyTree) -> Normal:
+        mean = self.mlp(jnp.concatenate([obs, Flat()(z_next)]))
+        return Normal(mean, std_from_log(self.log_std))
+
+
+class FeatureHead(eqx.Module):
+    """A head that sees a feature of z' in place of z'."""
+
+    head: Head
+    feature: Callable[[PyTree], Float[Array, " f"]]
+
+    def __call__(self, obs: Array, z_next: PyTree) -> Distribution:
+        return self.head(obs, self.feature(z_next))

@@ -1,12 +1,11 @@
-"""Policies whose randomness is held for k steps: the internal state is what has been drawn.
+"""Policies for finite worlds whose random actions are held for k steps.
 
-`Held` draws actions of finite worlds, each at the first visit of an observation within a window of
-k steps; its z is (t, component, held actions), integers, -1 where none is held yet. `Seed` draws
-one of several seeds of a network. Both are laws of z' given (o, z), so that score estimates of
-stateful policies are k-step policy gradients.
+An action is drawn at the first visit of an observation within a window of k steps. The internal
+state says what has been drawn, so the score estimate of a `held_kernel`, a stateful policy, is a
+k-step policy gradient.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,71 +15,77 @@ import numpy as np
 from jax import core
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from spg.distributions import Categorical, Delta, Distribution
-from spg.kernels.cells import replay_drawn
+from spg.distributions import Categorical, Delta
+from spg.kernels.cells import Drawn
 from spg.kernels.finite import integer
-from spg.kernels.heads import Head
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Identity
 
 
+class HeldState(NamedTuple):
+    """The internal state of `Held`."""
+
+    time: Int[Array, ""]  # steps since the episode opened
+    component: Int[Array, ""]
+    actions: Int[Array, " L"]  # held at each slot, -1 where none is
+
+
 class HeldDistribution(eqx.Module):
-    """Law of z' given z and the slots that are visited: new draws where nothing is held."""
+    """The distribution of z' given z and the visited slots: a draw where nothing is held."""
 
     mixture: Float[Array, " C"]
     logits: Float[Array, "C I A"]  # at the slots
     slots: Int[Array, " I"]
-    z: Int[Array, " n"]
+    z: HeldState
     opens: Bool[Array, ""]  # does a window open here?
 
-    def sample(self, *, key: PRNGKeyArray) -> Int[Array, " n"]:
+    def sample(self, *, key: PRNGKeyArray) -> HeldState:
         component_key, action_key = jr.split(key)
         component = jr.categorical(component_key, self.mixture)
-        component = jnp.where(self.opens, component, self.z[1])
+        component = jnp.where(self.opens, component, self.z.component)
         return self._hold(component, jr.categorical(action_key, self.logits[component]))
 
-    def mode(self) -> Int[Array, " n"]:
-        component = jnp.where(self.opens, jnp.argmax(self.mixture), self.z[1])
+    def sample_and_log_prob(self, *, key: PRNGKeyArray) -> tuple[HeldState, Float[Array, ""]]:
+        z_next = self.sample(key=key)
+        return z_next, self.log_prob(z_next)
+
+    def mode(self) -> HeldState:
+        component = jnp.where(self.opens, jnp.argmax(self.mixture), self.z.component)
         return self._hold(component, jnp.argmax(self.logits[component], -1))
 
-    def log_prob(self, x: Int[Array, " n"]) -> Float[Array, ""]:
+    def log_prob(self, x: HeldState) -> Float[Array, ""]:
         """log w_c where a window opens, and Σ log p_c(a | slot) over the slots not held before."""
-        drawn = jnp.where(self.opens, jax.nn.log_softmax(self.mixture)[x[1]], 0.0)
-        return drawn + self.new_actions(x)[x[1]]
+        drawn = jnp.where(self.opens, jax.nn.log_softmax(self.mixture)[x.component], 0.0)
+        return drawn + self.new_actions(x)[x.component]
 
-    def new_actions(self, z_next: Int[Array, " n"]) -> Float[Array, " C"]:
+    def new_actions(self, z_next: HeldState) -> Float[Array, " C"]:
         """Σ log p_c(a | slot) over the slots not held before, of every component."""
-        actions = z_next[2 + self.slots]
+        actions = z_next.actions[self.slots]
         log_probs = jax.nn.log_softmax(self.logits)[:, jnp.arange(len(actions)), actions]
         return jnp.where(self._is_new(), log_probs, 0.0).sum(-1)
 
     def entropy(self) -> Float[Array, ""]:
-        mixture = jnp.where(
-            self.opens, self.mixture, jnp.log(jnp.arange(len(self.mixture)) == self.z[1])
-        )
+        certain = jnp.log(jnp.arange(len(self.mixture)) == self.z.component)
+        mixture = jnp.where(self.opens, self.mixture, certain)
         fresh = jax.vmap(jax.vmap(lambda l: Categorical(l).entropy()))(self.logits)
         of_actions = jax.nn.softmax(mixture) @ jnp.where(self._is_new(), fresh, 0.0).sum(-1)
         return Categorical(mixture).entropy() + of_actions
 
-    def replay(self, x: Int[Array, " n"]) -> Int[Array, " n"]:
-        return x
-
     def _is_new(self) -> Bool[Array, " I"]:
-        return self.opens | (self.z[2 + self.slots] < 0)
+        return self.opens | (self.z.actions[self.slots] < 0)
 
-    def _hold(self, component: Array, drawn: Int[Array, " I"]) -> Int[Array, " n"]:
-        held = jnp.where(self.opens, -1, self.z[2:])
+    def _hold(self, component: Array, drawn: Int[Array, " I"]) -> HeldState:
+        held = jnp.where(self.opens, -1, self.z.actions)
         actions = jnp.where(self._is_new(), drawn, held[self.slots])
         held = held.at[self.slots].set(actions.astype(held.dtype))
-        front = jnp.stack([self.z[0] + 1, component.astype(held.dtype)])
-        return jnp.concatenate([front, held])
+        return HeldState(self.z.time + 1, component.astype(self.z.component.dtype), held)
 
 
 class Held(eqx.Module):
-    """A cell: of C product laws Π_l p_c(a | l) one is drawn a window, and an action a slot.
+    """ω( . | o, z): one of C product distributions Π_l p_c(a | l) a window, and an action a slot.
 
     C = 1 is the product class; certain logits, 0 and -inf, are a list of deterministic policies.
-    A slot is what one agent may observe; each observation visits one of every agent.
+    A slot is what one agent may observe; each observation visits one slot of every agent.
     """
 
     mixture: Float[Array, " C"]  # logits of the components
@@ -88,14 +93,9 @@ class Held(eqx.Module):
     slots: Int[Array, "O I"]
     k: Int[Array, ""]
 
-    def __call__(self, obs: Array, z: Int[Array, " n"]) -> HeldDistribution:
+    def __call__(self, obs: Array, z: HeldState) -> HeldDistribution:
         slots = self.slots[integer(obs)]
-        return HeldDistribution(self.mixture, self.logits[:, slots], slots, z, z[0] % self.k == 0)
-
-    def replay(
-        self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
-    ) -> tuple[Float[Array, " L"], Int[Array, "L n"]]:
-        return replay_drawn(self, obs, z, z_next)
+        return HeldDistribution(self.mixture, self.logits[:, slots], slots, z, z.time % self.k == 0)
 
 
 class HeldHead(eqx.Module):
@@ -104,8 +104,8 @@ class HeldHead(eqx.Module):
     slots: Int[Array, "O I"]
     num_actions: int = eqx.field(static=True)  # A, of one agent
 
-    def __call__(self, obs: Array, z_next: Int[Array, " n"]) -> Delta:
-        actions = z_next[2 + self.slots[integer(obs)]]
+    def __call__(self, obs: Array, z_next: HeldState) -> Delta:
+        actions = z_next.actions[self.slots[integer(obs)]]
         place = self.num_actions ** np.arange(len(actions))[::-1]
         return Delta(actions @ place)
 
@@ -117,7 +117,7 @@ def held_kernel(
     k: int | Int[Array, ""],
     slots: Int[np.ndarray, "O I"] | None = None,
 ) -> Kernel:
-    """The policy that draws one of C product laws, and its actions, for k steps at a time.
+    """The policy that draws one of C product distributions, and its actions, for k steps at a time.
 
     Without `slots` a single agent sees each of L observations apart; `mixture` is even by default.
     Raises ValueError for k < 1, another number of logits in `mixture`, a slot that is none of L,
@@ -137,8 +137,9 @@ def held_kernel(
         raise ValueError(f"mixture has {mixture.size} logits for {num_components} components")
     places = jnp.asarray(slots, int)
     mixture = jnp.zeros(num_components, logits.dtype) if mixture is None else mixture
-    cell = Held(mixture, logits, places, jnp.asarray(k, int))
-    z0 = jnp.full(2 + num_slots, -1, int).at[:2].set(0)
+    cell = Drawn(Held(mixture, logits, places, jnp.asarray(k, int)))
+    zero = jnp.zeros((), int)
+    z0 = HeldState(zero, zero, jnp.full(num_slots, -1, int))
     return Kernel(cell, HeldHead(places, num_actions), Identity(), z0)
 
 
@@ -148,80 +149,21 @@ def certain_logits(policies: Int[np.ndarray, "N L"], num_actions: int) -> Float[
 
 
 class ForcedHeld(eqx.Module):
-    """`Held`, but that the window of this number holds this component."""
+    """`Held`, except that the window of this number holds this component."""
 
-    cell: Held
+    held: Held
     window: Int[Array, ""]
     component: Int[Array, ""]
 
-    def __call__(self, obs: Array, z: Int[Array, " n"]) -> HeldDistribution:
-        law: Any = self.cell(obs, z)
-        sure = jnp.log(jnp.arange(len(law.mixture)) == self.component)
-        here = z[0] // self.cell.k == self.window
-        return eqx.tree_at(lambda l: l.mixture, law, jnp.where(here, sure, law.mixture))
-
-    def replay(
-        self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
-    ) -> tuple[Float[Array, " L"], Int[Array, "L n"]]:
-        return replay_drawn(self, obs, z, z_next)
+    def __call__(self, obs: Array, z: HeldState) -> HeldDistribution:
+        free = self.held(obs, z)
+        certain = jnp.log(jnp.arange(len(free.mixture)) == self.component)
+        here = z.time // self.held.k == self.window
+        return eqx.tree_at(lambda x: x.mixture, free, jnp.where(here, certain, free.mixture))
 
 
-class SeedDistribution(eqx.Module):
-    """Law of z' = (phase, one-hot seed): a new seed where a window opens, else the held one."""
-
-    logits: Float[Array, " n"]
-    z: Float[Array, " m"]
-    k: int = eqx.field(static=True)
-
-    def sample(self, *, key: PRNGKeyArray) -> Float[Array, " m"]:
-        return self._hold(jr.categorical(key, self.logits))
-
-    def mode(self) -> Float[Array, " m"]:
-        return self._hold(jnp.argmax(self.logits))
-
-    def log_prob(self, x: Float[Array, " m"]) -> Float[Array, ""]:
-        """log w_c where a window opens, else 0."""
-        return self._opens() * jnp.vdot(x[1:], jax.nn.log_softmax(self.logits))
-
-    def entropy(self) -> Float[Array, ""]:
-        return self._opens() * Categorical(self.logits).entropy()
-
-    def replay(self, x: Float[Array, " m"]) -> Float[Array, " m"]:
-        return x
-
-    def _opens(self) -> Bool[Array, ""]:
-        return self.z[0] < 0.5 / self.k
-
-    def _hold(self, drawn: Int[Array, ""]) -> Float[Array, " m"]:
-        fresh = jax.nn.one_hot(drawn, len(self.logits), dtype=self.z.dtype)
-        seed = jnp.where(self._opens(), fresh, self.z[1:])
-        steps = jnp.round(self.z[0] * self.k) + 1
-        return jnp.concatenate([(steps % self.k)[None] / self.k, seed])
-
-
-class Seed(eqx.Module):
-    """A cell: one of n seeds is drawn for k steps, c ~ softmax(logits), and shared by all agents.
-
-    z = (steps into the window / k, one-hot seed). The head sees the seed alone, through
-    `SeedHead`, and is a mixture of n policies that share one network; a critic sees the phase too.
-    """
-
-    logits: Float[Array, " n"]
-    k: int = eqx.field(static=True)
-
-    def __call__(self, obs: Array, z: Float[Array, " m"]) -> SeedDistribution:
-        return SeedDistribution(self.logits, z, self.k)
-
-    def replay(
-        self, obs: Array, z: Array, z_next: Array, first: Array, z0: Array
-    ) -> tuple[Float[Array, " L"], Float[Array, "L m"]]:
-        return replay_drawn(self, obs, z, z_next)
-
-
-class SeedHead(eqx.Module):
-    """Any head, of the observation and the seed; the phase of the window is kept from it."""
-
-    head: Head
-
-    def __call__(self, obs: Array, z_next: Float[Array, " m"]) -> Distribution:
-        return self.head(obs, z_next[1:])
+def held(kernel: Kernel) -> Held:
+    """The `Held` of a `held_kernel`. Raises TypeError for another kernel."""
+    if not isinstance(kernel.cell, Drawn) or not isinstance(kernel.cell.distribution, Held):
+        raise TypeError(f"a held_kernel is needed; the cell of this one is {kernel.cell}")
+    return kernel.cell.distribution

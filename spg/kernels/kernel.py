@@ -7,57 +7,69 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from spg.kernels.cells import Cell
 from spg.kernels.heads import Head
-from spg.kernels.networks import Identity, Normalizer
-from spg.types import Replay, Transition, policy_view
+from spg.kernels.networks import Flat, Identity, Normalizer
+from spg.types import LogProb, Transition, policy_view
 
 
 class Kernel(eqx.Module):
-    """π(a, z' | o, z): `cell(obs, z)` is the law ω of z', `head(obs, z')` the law μ of a.
+    """π(a, z' | o, z): `cell(obs, z)` is the distribution ω of z', `head(obs, z')` that μ of a.
 
     `z0` opens every episode and is not learned. Observations pass through `normalizer` first.
+    `feature(z)` is the real vector that a critic sees in place of z.
     """
 
     cell: Cell
     head: Head
     normalizer: Normalizer | Identity
-    z0: Array
+    z0: PyTree
+    feature: Callable[[PyTree], Float[Array, " f"]] = Flat()
 
-    @property
-    def feature(self) -> Callable[[Array], Array] | None:
-        """What the head sees of z', and a critic may see of z, where it is not all of it."""
-        return getattr(self.head, "feature", None)
-
-    def reset(self, first: Bool[Array, ""], z: Array) -> Array:
+    def reset(self, first: Bool[Array, ""], z: PyTree) -> PyTree:
         """The internal state to consume o with: `z0` where an episode opens."""
-        return jnp.where(first, lax.stop_gradient(self.z0), z)
+        return jax.tree.map(lambda a, b: jnp.where(first, a, b), lax.stop_gradient(self.z0), z)
 
-    def sample(self, obs: PyTree, z: Array, *, key: PRNGKeyArray) -> tuple[Array, Array]:
+    def sample(self, obs: PyTree, z: PyTree, *, key: PRNGKeyArray) -> tuple[Array, PyTree]:
         """Draw (a, z') ~ π( . | o, z)."""
         z_key, action_key = jr.split(key)
         obs = self.normalizer(policy_view(obs))
         z_next = self.cell(obs, z).sample(key=z_key)
         return self.head(obs, z_next).sample(key=action_key), z_next
 
-    def mode(self, obs: PyTree, z: Array) -> tuple[Array, Array]:
+    def sample_and_log_prob(
+        self, obs: PyTree, z: PyTree, *, key: PRNGKeyArray
+    ) -> tuple[Array, PyTree, LogProb]:
+        """The draw of `sample` for the same key, with log ω, log μ and the entropy of μ.
+
+        Reparameterised: gradients run through z' and a where their distributions are continuous.
+        """
+        z_key, action_key = jr.split(key)
+        obs = self.normalizer(policy_view(obs))
+        z_next, log_prob_z = self.cell(obs, z).sample_and_log_prob(key=z_key)
+        actions = self.head(obs, z_next)
+        action, log_prob_action = actions.sample_and_log_prob(key=action_key)
+        return action, z_next, LogProb(log_prob_z, log_prob_action, actions.entropy())
+
+    def mode(self, obs: PyTree, z: PyTree) -> tuple[Array, PyTree]:
         """The noise-free policy: mode of z', then mode of the action given it."""
         obs = self.normalizer(policy_view(obs))
         z_next = self.cell(obs, z).mode()
         return self.head(obs, z_next).mode(), z_next
 
-    def replay(self, segment: Transition) -> Replay:
+    def log_prob(self, segment: Transition) -> LogProb:
         """log π of each recorded step of one segment, time first.
 
-        The internal state is carried from the segment's start, recomputed where the cell
-        computes it and as recorded where the cell draws it; gradients follow the same paths.
+        z' is as recorded where the cell draws z'; where the cell computes z', it is computed again
+        from the segment's first z. Gradients follow the same paths.
         """
         obs = jax.vmap(self.normalizer)(policy_view(segment.obs))
-        log_prob_z, z_next = self.cell.replay(
+        log_prob_z, z_next = self.cell.log_prob(
             obs, segment.z, segment.z_next, segment.first, lax.stop_gradient(self.z0)
         )
-        law = jax.vmap(self.head)(obs, z_next)
-        log_prob_action = jax.vmap(lambda law, a: law.log_prob(a))(law, segment.action)
-        return Replay(log_prob_z, log_prob_action, jax.vmap(lambda law: law.entropy())(law))
+        actions = jax.vmap(self.head)(obs, z_next)
+        log_prob_action = jax.vmap(lambda actions, a: actions.log_prob(a))(actions, segment.action)
+        entropy = jax.vmap(lambda actions: actions.entropy())(actions)
+        return LogProb(log_prob_z, log_prob_action, entropy)

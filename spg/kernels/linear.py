@@ -1,4 +1,4 @@
-"""Linear recurrent units as locations of z': a segment is replayed by one scan.
+"""Linear recurrent units as locations of z': a segment is computed by one scan.
 
 Each is z' = A(o) ⊙ z + u(o) with a diagonal A: linear in z, whatever it is in o. The read-out that
 makes a memory of it a policy is the head, which sees (o, z').
@@ -14,13 +14,14 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray
 
+from spg.kernels.cells import Location
 from spg.scans import Method, linear_scan
 
 
-class LinearUnit(eqx.Module):
-    """z' = A(o) ⊙ z + u(o). A complex unit keeps z as its real parts, then its imaginary parts.
+class LinearUnit(Location):
+    """z' = A(o) ⊙ z + u(o), with z real or complex.
 
-    A segment is replayed by one `linear_scan` by `method`, with A = 0 where an episode opens.
+    `unroll` is one `linear_scan` by `method`, with A = 0 where an episode opens.
     """
 
     method: eqx.AbstractVar[Method]
@@ -29,21 +30,21 @@ class LinearUnit(eqx.Module):
     def affine(self, obs: Float[Array, " o"]) -> tuple[Num[Array, " m"], Num[Array, " m"]]:
         """A(o) and u(o), real or complex."""
 
-    def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Float[Array, " n"]:
+    def __call__(self, obs: Float[Array, " o"], z: Num[Array, " m"]) -> Num[Array, " m"]:
         decay, u = self.affine(obs)
-        return _to_real(decay * _from_real(z, u) + u)
+        return decay * z + u
 
     def unroll(
         self,
         obs: Float[Array, "L o"],
-        z: Float[Array, " n"],
+        z: Num[Array, " m"],
         first: Bool[Array, " L"],
-        z0: Float[Array, " n"],
-    ) -> Float[Array, "L n"]:
+        z0: Num[Array, " m"],
+    ) -> Num[Array, "L m"]:
         decay, u = jax.vmap(self.affine)(obs)
-        u = jnp.where(first[:, None], u + decay * _from_real(z0, u), u)
+        u = jnp.where(first[:, None], u + decay * z0, u)
         decay = jnp.where(first[:, None], 0.0, decay)
-        return _to_real(linear_scan(decay, u, _from_real(z, u), method=self.method))
+        return linear_scan(decay, u, z, method=self.method)
 
 
 class Linear(LinearUnit):
@@ -221,7 +222,7 @@ def _inside(**numbers: float) -> None:
 def _half(z_size: int) -> int:
     if z_size % 2:
         raise ValueError(
-            f"z_size {z_size} is odd; a complex unit needs it even, two reals a number"
+            f"z_size {z_size} is odd; a complex unit needs an even one, two reals a number"
         )
     return z_size // 2
 
@@ -232,11 +233,3 @@ def _polar(modulus: Array, angle: Array) -> Array:
 
 def _to_complex(z: Array) -> Array:
     return lax.complex(*jnp.split(z, 2, axis=-1))
-
-
-def _to_real(x: Array) -> Array:
-    return jnp.concatenate([x.real, x.imag], -1) if jnp.iscomplexobj(x) else x
-
-
-def _from_real(z: Array, like: Array) -> Array:
-    return _to_complex(z) if jnp.iscomplexobj(like) else z

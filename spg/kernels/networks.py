@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 
 class MLP(eqx.Module):
@@ -63,6 +63,18 @@ class Normalizer(eqx.Module):
         m2 = self.var * self.count + data.var(0) * size + delta**2 * self.count * size / count
         where = lambda n: (n.mean, n.var, n.count)
         return eqx.tree_at(where, self, (mean, m2 / count, count))
+
+
+class Flat(eqx.Module):
+    """The leaves of an internal state as one real vector; real parts, then imaginary parts."""
+
+    def __call__(self, z: PyTree) -> Float[Array, " f"]:
+        parts = [
+            part
+            for x in jax.tree.leaves(z)
+            for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))
+        ]
+        return jnp.concatenate([jnp.ravel(x) for x in parts])
 
 
 class Identity(eqx.Module):

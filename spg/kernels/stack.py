@@ -1,4 +1,4 @@
-"""Several linear units, one above the other: a segment is replayed by one scan a layer."""
+"""Several linear units, one above the other: a segment is computed by one scan a layer."""
 
 from collections.abc import Callable
 
@@ -6,18 +6,20 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Inexact, PRNGKeyArray
 
 from spg.kernels.cells import Location
+from spg.kernels.networks import Flat
 
 
-class Stack(eqx.Module):
+class Stack(Location):
     """Layers of linear units with nonlinear read-outs between them; z holds the layers' states.
 
         z_l' = unit_l(x_l, z_l),   x_0 = o,   x_{l+1} = P_l x_l + V ⊙ σ(G),   (V, G) = W_l LN(z_l')
 
     a gated linear unit (Dauphin et al., 2017) on the normalised state, as between the layers of
-    S5. Upper layers see what lower ones compute, not the noise that `Noisy` puts on it.
+    S5. Upper layers see what lower ones compute, without the noise of `NormalAround`.
+    z concatenates the states of the layers, which are all real or all complex.
     """
 
     units: list[Location]
@@ -52,7 +54,7 @@ class Stack(eqx.Module):
         self.gates = [eqx.nn.Linear(size, 2 * size, key=k[1]) for _, k in between]
         self.skips = [eqx.nn.Linear(n, size, use_bias=False, key=k[2]) for n, k in between]
 
-    def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Float[Array, " n"]:
+    def __call__(self, obs: Float[Array, " o"], z: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
         x, states = obs, []
         for i, state in enumerate(jnp.split(z, len(self.units))):
             states += [self.units[i](x, state)]
@@ -62,10 +64,10 @@ class Stack(eqx.Module):
     def unroll(
         self,
         obs: Float[Array, "L o"],
-        z: Float[Array, " n"],
+        z: Inexact[Array, " n"],
         first: Bool[Array, " L"],
-        z0: Float[Array, " n"],
-    ) -> Float[Array, "L n"]:
+        z0: Inexact[Array, " n"],
+    ) -> Inexact[Array, "L n"]:
         x, states = obs, []
         split = lambda z: jnp.split(z, len(self.units))
         for i, (state, start) in enumerate(zip(split(z), split(z0), strict=True)):
@@ -73,9 +75,9 @@ class Stack(eqx.Module):
             x = jax.vmap(lambda x, z, i=i: self._read(i, x, z))(x, states[-1])
         return jnp.concatenate(states, 1)
 
-    def _read(self, layer: int, x: Float[Array, " m"], z: Float[Array, " n"]) -> Array:
+    def _read(self, layer: int, x: Float[Array, " m"], z: Inexact[Array, " n"]) -> Array:
         """What the next layer sees; the last layer is read by the head."""
         if layer == len(self.gates):
             return x
-        value, gate = jnp.split(self.gates[layer](self.norms[layer](z)), 2)
+        value, gate = jnp.split(self.gates[layer](self.norms[layer](Flat()(z))), 2)
         return self.skips[layer](x) + value * jax.nn.sigmoid(gate)
