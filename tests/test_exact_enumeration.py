@@ -31,8 +31,8 @@ def test_forward_recursion_equals_the_sum_over_trajectories(pomdp, kernel):
     forward = lambda kernel: enumeration.expected_return(kernel, pomdp, **setting)
     summed = lambda kernel: enumeration.enumerate_return(kernel, pomdp, **setting)
     recursion = eqx.filter_jit(eqx.filter_value_and_grad(forward))(kernel)
-    enumeration = eqx.filter_jit(eqx.filter_value_and_grad(summed))(kernel)
-    assert_trees_close(recursion, enumeration, rtol=1e-12)
+    sums = eqx.filter_jit(eqx.filter_value_and_grad(summed))(kernel)
+    assert_trees_close(recursion, sums, rtol=1e-12)
 
 
 def test_expected_return_has_the_gradient_of_finite_differences(pomdp, kernel):
