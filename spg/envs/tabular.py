@@ -128,8 +128,8 @@ class Tabular(Environment):
 def tabular_params(pomdp: POMDP, *, max_steps_in_episode: int | None = None) -> TabularParams:
     """What `Tabular` needs of a model to draw from it."""
     model: SparsePOMDP = sparse(pomdp) if isinstance(pomdp, DensePOMDP) else pomdp
-    laws = (_cumulative(x) for x in (model.probability, model.emission, model.start))
-    successors, observations, start = laws
+    parts = model.probability, model.emission, model.start
+    successors, observations, start = map(_cumulative, parts)
     reward = model.reward.astype(jnp.float32)  # as of every environment here
     return TabularParams(
         model.successor, successors, reward, model.observation, observations, start,

@@ -4,13 +4,14 @@ Aberdeen & Baxter (2002); Baxter & Bartlett (2001). With the score s_t of step t
 
     e_t = β e_{t-1} + s_t,        Δ = mean over t of r_{t+1} e_t - b_t s_t,
 
-whose limit for T → ∞ is d ∇K (I - βK)⁻¹ r, and ∇η for β → 1. The two differ in the score: a
-*likelihood* gives it as the gradient of log m_t, from what was recorded and a memory m that depends
-on the kernel. `step` consumes one transition with eligibility traces, `segment` a recorded segment
-in parallel or by one backward pass; both take and return the same state, and give the same numbers.
+The limit of Δ for T → ∞ is d ∇K (I - βK)⁻¹ r, which tends to ∇η for β → 1. The two methods differ
+in the score: a *likelihood* computes log m_t, of which s_t is the gradient, from what was recorded
+and from a memory that depends on the kernel. `step` consumes one transition with eligibility
+traces; `segment` consumes a recorded segment by one backward pass. Both functions take and return
+the same state and give the same numbers.
 
-The baseline b_t, zero by default, may depend on the past of action a_t alone; then it changes the
-variance and not the mean. It is in units of Σ_u β^u r.
+A baseline b_t, zero by default, that depends only on what precedes action a_t changes the variance
+of Δ and not its mean. The unit of b_t is that of Σ_u β^u r.
 """
 
 from collections.abc import Callable
@@ -49,8 +50,8 @@ def istate(
 ) -> tuple[Float[Array, " L"], Float[Array, "0"]]:
     """IState-GPOMDP: m_t = ω(g_{t+1} | g_t, o_t) μ(a_t | g_{t+1}, o_t), of the I-states drawn.
 
-    No memory is needed, `jnp.zeros(0)`: the internal state is in the record. Any kernel that draws
-    z' will do. The gradient is that of the kernel.
+    The memory is empty, `jnp.zeros(0)`, since the record holds the internal state. Any kernel that
+    draws z' will do. The estimate is of the gradient of that kernel.
     """
     return kernel.log_prob(segment).joint, memory
 
@@ -78,10 +79,10 @@ def exp_istate_by_observations(
 
         α_{t+1}(h) = b_t(h) = Σ_g α_t(g) ω(h | g, o_t),   m_t = Σ_h b_t(h) μ(a_t | h, o_t)
 
-    The gradient is that of another policy, which draws each action from m_t independently, and is
-    unbiased for it if the record was made so. It is not the kernel's, whose actions depend on each
-    other by way of the I-state; on a record made by the kernel it is biased. The two policies
-    agree where ω is deterministic, and where μ ignores the I-state.
+    The estimate is of the gradient of another policy, `expected_kernel`, which draws each action
+    from m_t independently; on a record made by that policy the estimate is unbiased. On a record
+    made by the kernel itself, whose actions depend on each other through the I-state, the estimate
+    is biased. The two policies agree where ω is deterministic and where μ ignores the I-state.
     """
     return _filter(kernel, memory, segment, num_obs, filter_actions=False)
 
@@ -89,7 +90,7 @@ def exp_istate_by_observations(
 def filtered(
     kernel: Kernel, memory: Float[Array, " G"], segment: Transition, *, num_obs: int
 ) -> Float[Array, "L G"]:
-    """α_t of `exp_istate`, before o_t is consumed: what a baseline may depend on, with o_t."""
+    """α_t of `exp_istate` before o_t is consumed. A baseline may depend on α_t and on o_t."""
     return _alphas(kernel, memory, segment, num_obs, True)[1][0]
 
 
@@ -263,7 +264,7 @@ def collect(
     *,
     num_places: int,
 ) -> ValueTable:
-    """The returns of N trajectories by I-state, shared out by its law α, and by place."""
+    """The returns of N trajectories by place and by I-state, weighted by its distribution α."""
     zero = jnp.zeros((num_places, alpha.shape[-1]))
     add = lambda x: zero.at[place].add(x).T
     return ValueTable(add(alpha * returns[..., None]), add(alpha))

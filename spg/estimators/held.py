@@ -1,12 +1,12 @@
 """Sampled k-step policy gradients in finite worlds, from trajectories of a `held_kernel`.
 
 Derived here, after DeWeese & Qu (2026). The policy draws a component c ~ w for every window of k
-steps, and an action at the first visit of a slot in it; a score counts once per draw. Weighted with
-the *whole* return that follows, γ^t included, that is unbiased. Scoring every visit is not, nor is
-the return of the window alone.
+steps, and an action at the first visit of a slot in that window. The estimate is unbiased if each
+draw is scored once and weighted with the *whole* return that follows, γ^t included. An estimate
+that scores every visit is biased, and so is one that uses the return of the window alone.
 
-For C = 1, or where the drawn component may carry the score, `score_estimate` of the kernel is such
-an estimate; `responsibilities` takes the expectation over the component.
+`score_estimate` of the kernel scores the component that was drawn; `responsibilities` takes the
+expectation over the component, which lowers the variance where C > 1.
 """
 
 import equinox as eqx
@@ -30,9 +30,10 @@ def responsibilities(
 
         m_t = Σ_c ρ_{t-1,c} Π p_c(a | o),    ρ_{t,c} ∝ ρ_{t-1,c} Π p_c(a | o),    ρ = w at its start
 
-    A likelihood, for `estimators.gpomdp.gradient`: over a window Σ_t ∇ log m_t is ρ_c - w_c in the
-    mixture's logits and ρ_c Σ ∇ log p_c in those of component c. Unbiased with the return from t,
-    or from the window's start (`window_returns`). The memory is log ρ, `zeros(C)` at first.
+    This is a likelihood for `estimators.gpomdp.gradient`. Over a window, Σ_t ∇ log m_t is ρ_c - w_c
+    in the logits of the mixture and ρ_c Σ ∇ log p_c in those of component c. The estimate is
+    unbiased with the return from t, or from the start of the window (`window_returns`). The memory
+    is log ρ; it starts as `zeros(C)`.
     """
     drawn = held(kernel)
     prior = jax.nn.log_softmax(drawn.mixture)
@@ -95,8 +96,8 @@ def direct_estimate(
 
         Σ_{m=M}^{M+life} Σ_{i<k} γ^i r_{mk+i} / (1 - γ^k)
 
-    Discounting inside windows alone, with survival of each window's end with probability γ^k in
-    its place between them. The trajectory starts an episode; what follows its end does not count.
+    Rewards are discounted inside a window only. Between windows the trajectory instead goes on with
+    probability γ^k. The trajectory starts an episode; what follows its end does not count.
     """
     ended = jnp.cumsum(traj.terminated | traj.truncated)
     window_of, step = jnp.divmod(jnp.arange(len(ended)), k)

@@ -4,7 +4,7 @@ Zhao et al. (2026), arXiv 2605.31261. Action a_k is taken before observation o_k
 opens an episode: the prior is the start, and no transition precedes. A filter is a step,
 `filter(z, obs, action, first)`, and the same over a sequence, `filter.unroll`.
 
-A history of probability zero has no belief; what the filters return for it is finite.
+A history of probability zero has no belief; for such a history the filters return finite numbers.
 """
 
 from functools import partial
@@ -63,7 +63,7 @@ class ForwardFilter(eqx.Module):
 class LogForwardFilter(eqx.Module):
     """The belief's logits for any T: l_k = log E'o_k + log Σ_s exp(log T(a_k) + l_{k-1}), Thm 4.4.
 
-    The largest logit is 0, which is free, since softmax is blind to shifts.
+    The largest logit is shifted to 0, which leaves the softmax as it is.
     """
 
     log_transition: Float[Array, "A S S"]
@@ -91,7 +91,8 @@ class LinearFilter(eqx.Module):
     LOF, Cor. 4.3 and 4.5: δ = 0, evidence log E, and w are the belief's logits. ALF, eqs 28 and 65:
     0 < δ < 1, evidence δ log E. (Π w)(s') = w(source[s']).
 
-    With `centred` the largest logit is 0, for LOF, whose logits drift: softmax is blind to shifts.
+    With `centred` the largest logit is shifted to 0, since the logits of LOF drift; the softmax stays
+    as it is.
     `method` is that of `linear_scan`, and of the composition.
     """
 
@@ -153,8 +154,9 @@ def exact_filter(
 ) -> LinearFilter:
     """LOF. Raises ValueError, naming the column, unless every T(a) is a permutation.
 
-    Emissions and starts below `least` count as that, where the permutations are an approximation
-    and may rule out what happens. In single precision be `centred` beyond some 10^4 steps.
+    Emissions and start probabilities below `least` are raised to `least`: a positive value helps
+    where the permutations are an approximation, which may rule out what happens. In single
+    precision sequences of more than about 10^4 steps need `centred`.
     """
     model = checked(model)
     for a, matrix in enumerate(model.transition):
@@ -178,9 +180,9 @@ def leaky_filter(
 ) -> LinearFilter:
     """ALF of δ = `decay`, with Π(a) of the nearly deterministic T(a): see `deterministic_part`.
 
-    Emissions below `least` count as that, where Assumption 5.3 wants positive ones: a state that
-    was ruled out can be returned to; w starts as δ log of the start law. Raises ValueError for a
-    decay outside (0, 1), and unless `least` is positive.
+    Emissions below `least` are raised to `least`, because Assumption 5.3 asks for positive emissions;
+    the filter can then return to a state that it has ruled out. w starts as δ log of the start
+    distribution. Raises ValueError for a decay outside (0, 1), and unless `least` is positive.
     """
     if not least > 0:
         raise ValueError(f"least is {least}; it has to be positive")

@@ -1,8 +1,8 @@
 """How well a leaky filter decodes: the constants of Theorem 5.7 of Zhao et al. (2026).
 
 For nearly deterministic transitions T = D + εQ and a decay δ = λ / log(1/ε) with λ < ξ, the
-long-run probability that the likeliest state is the wrong one is of the order ε log(1/ε), as that
-of the optimal decoder is.
+long-run probability that the likeliest state is the wrong one is of the order ε log(1/ε). The
+optimal decoder errs with the same order.
 """
 
 from typing import NamedTuple
@@ -52,8 +52,9 @@ def constants(model: HMM, *, nodes: int = 64) -> Constants:
     if len(states) < 2:
         raise ValueError("fewer than two recurrent states: there is nothing to tell apart")
     period = len(paths)
-    law = emission[:, paths]  # [O, M, S]
-    p, ratio = law[..., None], np.log(law)[..., :, None] - np.log(law)[..., None, :]
+    emitted = emission[:, paths]  # [O, M, S]
+    log = np.log(emitted)
+    p, ratio = emitted[..., None], log[..., :, None] - log[..., None, :]
     kl = (p * ratio).sum(0).mean(0)  # [S, S]
     alike = (np.abs(ratio).max((0, 1)) < 1e-12) & ~np.eye(len(states), dtype=bool)
     for i, j in np.argwhere(alike):

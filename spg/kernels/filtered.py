@@ -1,7 +1,7 @@
-"""Filters of a known model as memory: cells without parameters, and what a head sees of them.
+"""Filters of a known model as memory: locations without parameters, and what a head sees of z.
 
-The observation is a one-hot observation, followed by the one-hot action before it, which is zeros
-where an episode opens (`previous_action` of `spg.envs.make`).
+The policy's observation is a one-hot observation of the world, followed by the one-hot action that
+came before (`previous_action` of `spg.envs.make`); the action is all zeros where an episode opens.
 """
 
 import equinox as eqx
@@ -57,9 +57,9 @@ class Feature(eqx.Module):
 def filter_cell(
     pomdp: POMDP, feature: str, *, decay: float = 0.1
 ) -> tuple[Computed, Float[Array, " S"], Feature]:
-    """(cell, z0, what head and critic are to see of z), for a world that is known.
+    """(cell, z0, feature of z for head and critic), for a known world.
 
-    To be made outside of `jit`, for the model is checked.
+    Call this function outside of `jit`, because it checks the model.
 
     | feature | z | seen |
     | --- | --- | --- |
@@ -67,8 +67,8 @@ def filter_cell(
     | lof, lof-softmax | LOF with the deterministic part of T(a) | z; softmax(z) |
     | alf, alf-softmax, alf-belief | ALF with `decay` δ | z; softmax(z); softmax(z / δ) |
 
-    LOF's logits are not centred, so that "lof" is what a network would see of raw ones; all are
-    exact where T(a) are permutations. Raises ValueError for another feature, or where
+    The logits of "lof" are not centred: a network sees the raw ones. Every feature is exact where
+    all T(a) are permutations. Raises ValueError for another feature, or where
     `deterministic_part` or `leaky_filter` does.
     """
     if feature not in FEATURES:

@@ -1,7 +1,7 @@
 """Linear recurrent units as locations of z': a segment is computed by one scan.
 
-Each is z' = A(o) ⊙ z + u(o) with a diagonal A: linear in z, whatever it is in o. The read-out that
-makes a memory of it a policy is the head, which sees (o, z').
+Each unit is z' = A(o) ⊙ z + u(o) with a diagonal A: linear in z, and perhaps nonlinear in o. The
+head, which sees (o, z'), reads the unit out.
 """
 
 import math
