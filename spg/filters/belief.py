@@ -4,7 +4,8 @@ Zhao et al. (2026), arXiv 2605.31261. Action a_k is taken before observation o_k
 opens an episode: the prior is the start, and no transition precedes. A filter is a step,
 `filter(z, obs, action, first)`, and the same over a sequence, `filter.unroll`.
 
-A history of probability zero has no belief; for such a history the filters return finite numbers.
+A history of probability zero has no belief; for it the filters return finite
+numbers.
 """
 
 from functools import partial
@@ -180,8 +181,8 @@ def leaky_filter(
 ) -> LinearFilter:
     """ALF of δ = `decay`, with Π(a) of the nearly deterministic T(a): see `deterministic_part`.
 
-    Emissions below `least` are raised to `least`, because Assumption 5.3 asks for positive emissions;
-    the filter can then return to a state that it has ruled out. w starts as δ log of the start
+    Emissions below `least` are raised to `least`, because Assumption 5.3 asks for positive ones; the
+    filter can then return to a state that it has ruled out. w starts as δ log of the start
     distribution. Raises ValueError for a decay outside (0, 1), and unless `least` is positive.
     """
     if not least > 0:

@@ -90,9 +90,9 @@ def random_controller(
 ) -> Kernel:
     """A controller with random successors, out of each (g, o) as many as `out_degree`.
 
-    Logits are N(0, std²), by default all zero, as in Aberdeen & Baxter (2002). Their graph is sparse
-    because a dense controller with zero logits has no gradient towards memory. Raises ValueError as
-    `random_successors` does.
+    Logits are N(0, std²), by default all zero, as in Aberdeen & Baxter (2002). Their graph is
+    sparse because a dense controller with zero logits has no gradient towards memory. Raises
+    ValueError as `random_successors` does.
     """
     graph_key, cell_key, head_key = jr.split(key, 3)
     successors = random_successors(num_z, num_obs, out_degree, key=graph_key)
