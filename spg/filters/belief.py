@@ -92,8 +92,8 @@ class LinearFilter(eqx.Module):
     LOF, Cor. 4.3 and 4.5: δ = 0, evidence log E, and w are the belief's logits. ALF, eqs 28 and 65:
     0 < δ < 1, evidence δ log E. (Π w)(s') = w(source[s']).
 
-    With `centred` the largest logit is shifted to 0, since the logits of LOF drift; the softmax stays
-    as it is.
+    With `centred` the largest logit is shifted to 0, since the logits of LOF drift; the softmax
+    stays as it is.
     `method` is that of `linear_scan`, and of the composition.
     """
 
@@ -181,8 +181,8 @@ def leaky_filter(
 ) -> LinearFilter:
     """ALF of δ = `decay`, with Π(a) of the nearly deterministic T(a): see `deterministic_part`.
 
-    Emissions below `least` are raised to `least`, because Assumption 5.3 asks for positive ones; the
-    filter can then return to a state that it has ruled out. w starts as δ log of the start
+    Emissions below `least` are raised to `least`, because Assumption 5.3 asks for positive ones;
+    the filter can then return to a state that it has ruled out. w starts as δ log of the start
     distribution. Raises ValueError for a decay outside (0, 1), and unless `least` is positive.
     """
     if not least > 0:
