@@ -6,6 +6,12 @@ Aberdeen & Baxter (2002), with their optimiser CONJPOMDP, or with Adam. An updat
     python scripts/gamp.py --problem model.POMDP --num-z 8 --out-degree 2
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one line, status 130
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +22,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from spg.exact import conjugate
 from spg.exact.gamp import (
@@ -31,7 +37,9 @@ from spg.exact.gamp import (
 )
 from spg.kernels.finite import noise_free
 from spg.kernels.kernel import Kernel
-from spg.training import cli, loop, options, records
+from spg.rollout import Evaluation
+from spg.training import cli, loop, metrics, options
+from spg.training.loop import Report, State
 from spg.worlds.models import Problem
 
 
@@ -51,7 +59,7 @@ class Config(options.ProblemConfig, options.RunConfig):
     """of the arithmetic; gradients at a zero start may be as small as 1e-7"""
 
 
-class State(NamedTuple):
+class Learned(NamedTuple):
     kernel: Kernel  # the controller so far
     optimiser: PyTree  # an Ascent, or the state of Adam
 
@@ -79,14 +87,14 @@ def init(config: Config, problem: Problem, key: PRNGKeyArray) -> State:
     kernel = cli.make_controller(config, problem, key=key)
     params = eqx.filter(kernel, eqx.is_inexact_array)
     start = conjugate.init if config.optimiser == "conjugate" else adam(config).init
-    return State(kernel, start(params))
+    return State(Learned(kernel, start(params)), (), key)
 
 
-def step(config: Config, problem: Problem, state: State) -> tuple[State, dict[str, Array]]:
+def step(config: Config, problem: Problem, state: State) -> tuple[State, Report]:
     """One gradient, at a trial point of the line search or where Adam stands."""
-    params, static = eqx.partition(state.kernel, eqx.is_inexact_array)
+    kernel, ascent = state.learned
+    params, static = eqx.partition(kernel, eqx.is_inexact_array)
     settings = conjugate.Settings(bound=config.bound)
-    ascent = state.optimiser
     if config.optimiser == "conjugate":
         params = conjugate.ask(ascent, settings)
     kernel = eqx.combine(params, static)
@@ -100,38 +108,37 @@ def step(config: Config, problem: Problem, state: State) -> tuple[State, dict[st
         updates, ascent = adam(config).update(descent, ascent, params)
         moved = optax.apply_updates(params, updates)
         params = jax.tree.map(lambda x: jnp.clip(x, -config.bound, config.bound), moved)
-    metrics = {
-        "average_reward": value,
+    watched = {
         "gradient_norm": optax.tree.norm(gradient),
         "stationary_residual": solution.stationary_residual,
         "bias_residual": solution.bias_residual,
         "products": solution.products.sum(),
         "converged": solution.converged * 1.0,
     }
-    return State(eqx.combine(params, static), ascent), metrics
+    learned = Learned(eqx.combine(params, static), ascent)
+    return state._replace(learned=learned), Report(value, jnp.ones(()), watched)
 
 
-def evaluate(problem: Problem, state: State, key: PRNGKeyArray) -> dict[str, Array]:
+def evaluate(problem: Problem, state: State, key: PRNGKeyArray) -> Evaluation:
     """η of the controller, and of the one that always does what is most probable.
 
     The latter may have several recurrent classes, and be slow; nan if it is too slow.
     """
-    hard = noise_free(state.kernel, problem.pomdp.num_obs)
+    kernel = state.learned.kernel
+    hard = noise_free(kernel, problem.pomdp.num_obs)
     no_bias = lambda pull, gain, law, tol: (jnp.zeros_like(gain), jnp.zeros((), int))
     law = partial(power, max_products=5_000)
     free = long_run(hard, problem.pomdp, stationary=law, bias=no_bias)
-    return {
-        "eval_average_reward": long_run(state.kernel, problem.pomdp).average_reward,
-        "eval_average_reward_noise_free": jnp.where(
-            free.stationary_residual < 1e-3, free.average_reward, jnp.nan
-        ),
-    }
+    return Evaluation(
+        sampled=long_run(kernel, problem.pomdp).average_reward,
+        noise_free=jnp.where(free.stationary_residual < 1e-3, free.average_reward, jnp.nan),
+    )
 
 
-def export(problem: Problem, state: State, out: Path) -> None:
+def export(problem: Problem, learned: Learned, out: Path) -> None:
     """Save and draw the best controller, and say so where a gradient is not to be trusted."""
-    cli.save_controller(state.kernel, problem, out)
-    converged = records.read_metrics(out)["converged"]
+    cli.save_controller(learned.kernel, problem, out)
+    converged = metrics.read_metrics(out)["converged"]
     if failed := int((converged == 0).sum()):
         print(
             f"{failed} of {converged.size} gradients did not converge, see the residuals in "
@@ -147,12 +154,12 @@ def make(config: Config) -> loop.Algorithm:
     options.check_range(config, 0.0, float("inf"), "learning_rate", "bound")
     jax.config.update("jax_enable_x64", config.precision == "double")
     problem = options.open_problem(config)
-    return loop.Algorithm(
+    return cli.of_controllers(
+        problem,
+        f"GAMP, {config.num_z} I-states, out-degree {config.out_degree}",
         name="gamp",
-        title=f"GAMP, {config.num_z} I-states, out-degree {config.out_degree}: {problem.name}",
         init=partial(init, config, problem),
         step=partial(step, config, problem),
-        params=lambda state: state.kernel,
         evaluate=partial(evaluate, problem),
         export=partial(export, problem),
         num_updates=config.num_updates,

@@ -8,6 +8,12 @@ segment, and the last action of each is left out.
     python scripts/gpomdp.py --problem heavenhell --num-z 20 --estimator istate
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one line, status 130
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -24,8 +30,9 @@ from spg.estimators.returns import gae
 from spg.exact import conjugate
 from spg.kernels.finite import expected_kernel
 from spg.kernels.kernel import Kernel
-from spg.rollout import Carry, evaluation, reset, rollout
+from spg.rollout import Carry, Evaluation, evaluation, reset, rollout
 from spg.training import cli, loop, options
+from spg.training.loop import Report, State
 from spg.types import Env, Transition, critic_view
 from spg.worlds.models import Problem
 
@@ -74,12 +81,14 @@ class Baseline(NamedTuple):
     values: gpomdp.ValueTable
 
 
-class State(NamedTuple):
+class Learned(NamedTuple):
     kernel: Kernel
     optimiser: PyTree  # an Ascent, or the state of Adam
-    baseline: Baseline
+
+
+class World(NamedTuple):
     carry: Carry  # of each environment
-    key: PRNGKeyArray
+    baseline: Baseline
 
 
 def adam(config: Config) -> optax.GradientTransformation:
@@ -106,7 +115,7 @@ def init(config: Config, problem: Problem, env: Env, key: PRNGKeyArray) -> State
         jr.split(reset_key, config.num_envs)
     )
     baseline = Baseline(jnp.zeros(()), gpomdp.ValueTable(table, table))
-    return State(kernel, start(params), baseline, carry, key)
+    return State(Learned(kernel, start(params)), World(carry, baseline), key)
 
 
 def estimate(
@@ -145,23 +154,21 @@ def estimate(
     return gradient, baseline._replace(reward=0.9 * baseline.reward + 0.1 * mean)
 
 
-def step(
-    config: Config, problem: Problem, env: Env, state: State
-) -> tuple[State, dict[str, Array]]:
+def step(config: Config, problem: Problem, env: Env, state: State) -> tuple[State, Report]:
     """One gradient, at a trial point of the line search or where Adam stands."""
     key, rollout_key = jr.split(state.key)
-    params, static = eqx.partition(state.kernel, eqx.is_inexact_array)
+    kernel, ascent = state.learned
+    params, static = eqx.partition(kernel, eqx.is_inexact_array)
     settings = conjugate.Settings(
         tolerance=config.tolerance, stop=0.0, bound=config.bound, safeguard=False
     )
-    ascent = state.optimiser
     if config.optimiser == "conjugate":
         params = conjugate.ask(ascent, settings)
     kernel = eqx.combine(params, static)
     run = partial(rollout, acting(config, kernel), env, num_steps=config.num_steps)
     rollout_keys = jr.split(rollout_key, config.num_envs)
-    carry, trajs, _ = jax.vmap(lambda c, k: run(c, key=k))(state.carry, rollout_keys)
-    gradient, baseline = estimate(config, problem, kernel, state.baseline, trajs)
+    carry, trajs, _ = jax.vmap(lambda c, k: run(c, key=k))(state.world.carry, rollout_keys)
+    gradient, baseline = estimate(config, problem, kernel, state.world.baseline, trajs)
     gradient, value = eqx.filter(gradient, eqx.is_inexact_array), trajs.reward.mean()
     if config.optimiser == "conjugate":
         ascent = conjugate.tell(ascent, settings, value, gradient)
@@ -171,18 +178,17 @@ def step(
         updates, ascent = adam(config).update(descent, ascent, params)
         moved = optax.apply_updates(params, updates)
         params = jax.tree.map(lambda x: jnp.clip(x, -config.bound, config.bound), moved)
-    metrics = {"average_reward": value, "gradient_norm": optax.tree.norm(gradient)}
-    return State(eqx.combine(params, static), ascent, baseline, carry, key), metrics
+    learned = Learned(eqx.combine(params, static), ascent)
+    report = Report(value, jnp.ones(()), {"gradient_norm": optax.tree.norm(gradient)})
+    return State(learned, World(carry, baseline), key), report
 
 
-def evaluate(config: Config, env: Env, state: State, key: PRNGKeyArray) -> dict[str, Array]:
-    """Average reward of fresh episodes, sampled and noise-free, of the policy that acts."""
+def evaluate(config: Config, env: Env, state: State, key: PRNGKeyArray) -> Evaluation:
+    """Average reward of fresh episodes of the policy that acts."""
     env = env._replace(params=env.params.replace(max_steps_in_episode=config.eval_steps))
-    kernel = acting(config, state.kernel)
+    kernel = acting(config, state.learned.kernel)
     returns = evaluation(kernel, env, num_episodes=config.eval_episodes, key=key)
-    return {
-        k.replace("return", "average_reward"): v / config.eval_steps for k, v in returns.items()
-    }
+    return Evaluation(*(x / config.eval_steps for x in returns))
 
 
 def make(config: Config) -> loop.Algorithm:
@@ -209,14 +215,14 @@ def make(config: Config) -> loop.Algorithm:
     problem = options.open_problem(config)
     env = Tabular(problem.pomdp, privileged=config.baseline == "state")
     env = Env(env, env.default_params)
-    return loop.Algorithm(
+    return cli.of_controllers(
+        problem,
+        f"{config.estimator}, {config.num_z} I-states",
         name="gpomdp",
-        title=f"{config.estimator}, {config.num_z} I-states: {problem.name}",
         init=partial(init, config, problem, env),
         step=partial(step, config, problem, env),
-        params=lambda state: state.kernel,
+        kernel=lambda state: acting(config, state.learned.kernel),
         evaluate=partial(evaluate, config, env),
-        export=lambda state, out: cli.save_controller(state.kernel, problem, out),
         num_updates=config.num_updates,
         steps_per_update=config.num_envs * config.num_steps,
     )

@@ -5,6 +5,12 @@ python scripts/ppo.py --memory bptt      # the same, by backpropagation through 
 python scripts/ppo.py --env brax/ant --observe positions --total-steps 2_000_000
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one line, status 130
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,9 +28,10 @@ from spg.estimators.surrogate import ppo_surrogate
 from spg.kernels.critics import Critic
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
-from spg.rollout import Carry, evaluation, reset, rollout
+from spg.rollout import reset, rollout
 from spg.scans import divisors, shuffle, split_segments
 from spg.training import cli, loop, options
+from spg.training.loop import Report, State
 from spg.types import Env, Transition, critic_view, policy_view
 
 
@@ -55,11 +62,10 @@ class Agent(NamedTuple):
     critic: Critic
 
 
-class State(NamedTuple):
-    agent: Agent
+class Learned(NamedTuple):
+    kernel: Kernel
+    critic: Critic
     opt_state: optax.OptState
-    carry: Carry  # of each environment
-    key: PRNGKeyArray
 
 
 def optimiser(config: Config) -> optax.GradientTransformation:
@@ -77,17 +83,17 @@ def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
     critic = Critic(*sizes, feature=kernel.feature, key=critic_key)
     env_keys = jr.split(env_key, config.num_envs)
     carry = jax.vmap(lambda k: reset(kernel, env, key=k))(env_keys)
-    agent = Agent(kernel, critic)
-    return State(agent, optimiser(config).init(eqx.filter(agent, eqx.is_inexact_array)), carry, key)
+    opt_state = optimiser(config).init(eqx.filter(Agent(kernel, critic), eqx.is_inexact_array))
+    return State(Learned(kernel, critic, opt_state), carry, key)
 
 
-def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array]]:
+def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     """One update: a rollout of every environment, then epochs of minibatches on it."""
     key, rollout_key, epoch_key = jr.split(state.key, 3)
-    kernel, critic = state.agent
+    kernel, critic, opt_state = state.learned
     run = partial(rollout, kernel, env, num_steps=config.num_steps)
     rollout_keys = jr.split(rollout_key, config.num_envs)
-    carry, traj, episodes = jax.vmap(lambda c, k: run(c, key=k))(state.carry, rollout_keys)
+    carry, traj, episodes = jax.vmap(lambda c, k: run(c, key=k))(state.world, rollout_keys)
 
     value = jax.vmap(jax.vmap(critic))(traj.obs, traj.z)
     next_value = jax.vmap(jax.vmap(critic))(traj.final_obs, traj.z_next)
@@ -113,16 +119,15 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
         return lax.scan(lambda s, i: update(s, jax.tree.map(lambda x: x[i], batch)), state, order)
 
     epoch_keys = jr.split(epoch_key, config.num_epochs)
-    (agent, opt_state), metrics = lax.scan(
-        epoch, (Agent(kernel, critic), state.opt_state), epoch_keys
+    (agent, opt_state), metrics = lax.scan(epoch, (Agent(kernel, critic), opt_state), epoch_keys)
+    explained = 1 - jnp.var(target - value) / (jnp.var(target) + 1e-8)
+    report = Report(
+        score=episodes.return_sum.sum() / episodes.count.sum(),
+        weight=episodes.count.sum(),
+        metrics=jax.tree.map(jnp.mean, metrics) | {"explained_variance": explained},
+        of_episodes={"episode_length": episodes.length_sum.sum() / episodes.count.sum()},
     )
-    metrics = jax.tree.map(jnp.mean, metrics) | {
-        "return": episodes.return_sum.sum() / episodes.count.sum(),
-        "episode_length": episodes.length_sum.sum() / episodes.count.sum(),
-        "episodes": episodes.count.sum(),
-        "explained_variance": 1 - jnp.var(target - value) / (jnp.var(target) + 1e-8),
-    }
-    return State(observed(agent, traj), opt_state, carry, key), metrics
+    return State(Learned(*observed(agent, traj), opt_state), carry, key), report
 
 
 def gradient_step(
@@ -180,21 +185,10 @@ def make(config: Config) -> loop.Algorithm:
             f"{config.num_envs} x {config.num_steps} steps"
         )
     env = options.make_env(config, oracle=config.memory == "oracle")
-    jax.eval_shape(lambda key: make_kernel(config, env.spec, key=key), jr.key(0))  # refuses early
-    seen = options.describe(config, oracle=config.memory == "oracle")
-    return loop.Algorithm(
-        name="ppo",
-        title=f"PPO, {config.memory}: {seen}",
-        init=partial(init, config, env),
-        step=partial(step, config, env),
-        params=lambda state: state.agent,
-        evaluate=lambda state, key: evaluation(
-            state.agent.kernel, env, num_episodes=config.eval_episodes, key=key
-        ),
-        export=lambda state, out: cli.save_film(state.agent.kernel, env, out),
-        num_updates=config.num_updates,
-        steps_per_update=config.num_envs * config.num_steps,
-    )
+    return cli.in_episodes(
+        config, env, "PPO", name="ppo", init=init, step=step,
+        num_updates=config.num_updates, steps_per_update=config.num_envs * config.num_steps,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

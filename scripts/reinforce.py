@@ -7,6 +7,12 @@ internal states, so that nothing is propagated back through time.
     python scripts/reinforce.py --estimator gpomdp --memory bptt
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one line, status 130
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -16,13 +22,14 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
-from spg.rollout import evaluation, reset, rollout
+from spg.rollout import reset, rollout
 from spg.training import cli, loop, options
+from spg.training.loop import Report, State
 from spg.types import Env, policy_view
 
 
@@ -44,10 +51,9 @@ class Config(options.EnvConfig, PolicyConfig, options.RunConfig):
     gamma: float = 1.0
 
 
-class State(NamedTuple):
+class Learned(NamedTuple):
     kernel: Kernel
     opt_state: optax.OptState
-    key: PRNGKeyArray
 
 
 def horizon(config: Config, env: Env) -> int:
@@ -66,13 +72,15 @@ def optimiser(config: Config, env: Env) -> optax.GradientTransformation:
 def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
     kernel_key, key = jr.split(key)
     kernel = make_kernel(config, env.spec, key=kernel_key)
-    return State(kernel, optimiser(config, env).init(eqx.filter(kernel, eqx.is_inexact_array)), key)
+    opt_state = optimiser(config, env).init(eqx.filter(kernel, eqx.is_inexact_array))
+    return State(Learned(kernel, opt_state), (), key)
 
 
-def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array]]:
+def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     """One update: fresh episodes, one gradient."""
     key, reset_key, rollout_key = jr.split(state.key, 3)
-    kernel, num_steps = state.kernel, horizon(config, env)
+    kernel, opt_state = state.learned
+    num_steps = horizon(config, env)
     start = jax.vmap(lambda k: reset(kernel, env, key=k))(jr.split(reset_key, config.num_envs))
     run = partial(rollout, kernel, env, num_steps=num_steps)
     rollout_keys = jr.split(rollout_key, config.num_envs)
@@ -90,17 +98,17 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
         ascent = episodic_gpomdp(kernel, trajs, discounted, alive * 1.0, segment_length=length)
 
     descent = jax.tree.map(jnp.negative, ascent)
-    updates, opt_state = optimiser(config, env).update(descent, state.opt_state)
+    updates, opt_state = optimiser(config, env).update(descent, opt_state)
     kernel = eqx.apply_updates(kernel, updates)
     observed = kernel.normalizer.update(policy_view(trajs.obs))
     kernel = eqx.tree_at(lambda k: k.normalizer, kernel, observed)
-    metrics = {
-        "return": reward.sum(1).mean(),
-        "episode_length": alive.sum(1).mean(),
-        "episodes": jnp.float32(config.num_envs),
-        "gradient_norm": optax.global_norm(descent),
-    }
-    return State(kernel, opt_state, key), metrics
+    report = Report(
+        score=reward.sum(1).mean(),
+        weight=jnp.float32(config.num_envs),
+        metrics={"gradient_norm": optax.global_norm(descent)},
+        of_episodes={"episode_length": alive.sum(1).mean()},
+    )
+    return State(Learned(kernel, opt_state), (), key), report
 
 
 def make(config: Config) -> loop.Algorithm:
@@ -113,21 +121,11 @@ def make(config: Config) -> loop.Algorithm:
             f"total_steps {config.total_steps} is less than one update of {config.num_envs} "
             f"episodes of {horizon(config, env)} steps"
         )
-    jax.eval_shape(lambda key: make_kernel(config, env.spec, key=key), jr.key(0))  # refuses early
-    seen = options.describe(config, oracle=config.memory == "oracle")
-    return loop.Algorithm(
-        name="reinforce",
-        title=f"{config.estimator}, {config.memory}: {seen}",
-        init=partial(init, config, env),
-        step=partial(step, config, env),
-        params=lambda state: state.kernel,
-        evaluate=lambda state, key: evaluation(
-            state.kernel, env, num_episodes=config.eval_episodes, key=key
-        ),
-        export=lambda state, out: cli.save_film(state.kernel, env, out),
+    return cli.in_episodes(
+        config, env, config.estimator, name="reinforce", init=init, step=step,
         num_updates=num_updates(config, env),
         steps_per_update=config.num_envs * horizon(config, env),
-    )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,6 +24,13 @@ class Carry(NamedTuple):
     episode_length: Int[Array, ""]
 
 
+class Evaluation(NamedTuple):
+    """Undiscounted returns of fresh episodes: of one, of several `[N]`, or their means."""
+
+    sampled: Float[Array, "*N"]  # actions and internal states are drawn
+    noise_free: Float[Array, "*N"]  # both are the modes of their distributions
+
+
 class Episodes(NamedTuple):
     """The episodes that ended in a rollout."""
 
@@ -120,14 +127,11 @@ def watch(kernel: Kernel, env: Env, *, num_steps: int, key: PRNGKeyArray) -> PyT
     return lax.scan(step, start[:4], jr.split(key, num_steps))[1]
 
 
-def evaluation(
-    kernel: Kernel, env: Env, *, num_episodes: int, key: PRNGKeyArray
-) -> dict[str, Float[Array, ""]]:
+def evaluation(kernel: Kernel, env: Env, *, num_episodes: int, key: PRNGKeyArray) -> Evaluation:
     """Mean return over fresh episodes of the sampled policy and of the noise-free one."""
     keys = jr.split(key, 2 * num_episodes)
     noise = jnp.arange(2 * num_episodes) < num_episodes
     max_steps = env.params.max_steps_in_episode
     run = partial(evaluate, kernel, env, max_steps=max_steps)
     returns = jax.vmap(lambda noise, key: run(noise=noise, key=key))(noise, keys)
-    sampled, noise_free = returns.reshape(2, num_episodes).mean(1)
-    return {"eval_return": sampled, "eval_return_noise_free": noise_free}
+    return Evaluation(*returns.reshape(2, num_episodes).mean(1))

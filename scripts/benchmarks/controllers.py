@@ -20,7 +20,7 @@ import gamp
 import gpomdp
 import tyro
 
-from spg.training import cli, plots, records
+from spg.training import cli, plots, records, summaries
 
 Task = Literal["loadunload", "heavenhell", "pentagon", "factory"]
 
@@ -93,7 +93,7 @@ def train(config: gamp.Config | gpomdp.Config, out: Path) -> dict[str, Any]:
         command = [sys.executable, str(script.__file__), *words(config), "--out", str(out), *resume]
         print(" ".join(command), file=sys.stderr)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return json.loads((out / "summary.json").read_text())
+    return summaries.read_summary(out)
 
 
 def main(config: Config) -> None:
@@ -109,7 +109,7 @@ def main(config: Config) -> None:
         directory = out / name.replace(" ", "-").replace(",", "")
         chosen = replace(methods[name], num_seeds=num_seeds, seed=config.seed)
         summary = train(chosen, directory)
-        curves[isinstance(chosen, gamp.Config)].append(records.read_curve(directory, name))
+        curves[isinstance(chosen, gamp.Config)].append(summaries.read_curve(directory, name))
         low, high = summary["final_average_reward_ci95"]
         each = summary["final_average_reward"]
         rows.append(

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ppo
 import tyro
 
-from spg.training import cli, options, plots, records
+from spg.training import cli, options, plots, records, summaries
 
 Task = Literal[
     "cartpole", "memorychain", "tmaze10", "tmaze50", "recall10", "recall50",
@@ -137,7 +137,7 @@ def main(config: Config) -> None:
     for name in config.methods or methods:
         directory = out / name.replace(" ", "-")
         summary = cli.train(ppo.make, replace(shared, **methods[name]), directory)
-        curves.append(records.read_curve(directory, name))
+        curves.append(summaries.read_curve(directory, name))
         low, high = summary["final_return_ci95"]
         rows.append(
             {

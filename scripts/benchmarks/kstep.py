@@ -26,7 +26,7 @@ import tyro
 from scipy import sparse
 
 from spg.exact import kstep
-from spg.training import cli, options, plots, records
+from spg.training import cli, options, plots, records, summaries
 from spg.worlds.models import SparsePOMDP, dense
 
 Part = Literal["trap", "many", "large"]
@@ -74,7 +74,7 @@ def trap(config: Config, out: Path) -> list[dict[str, Any]]:
             directory = out / f"{algorithm}-{name}".replace(" ", "").replace(",", "-")
             summary = cli.train(script.make, replace(base, **memory), directory)
             final = np.array(summary["final_return"])
-            curves.append(records.read_curve(directory, f"{algorithm}, {name}"))
+            curves.append(summaries.read_curve(directory, f"{algorithm}, {name}"))
             rows.append(
                 {
                     "algorithm": algorithm,

@@ -127,16 +127,19 @@ def init(method: Method, env: Env, key: PRNGKeyArray) -> ppo.State:
     state = ppo.init(method.config, env, key)
     if not method.associative:
         return state
-    cell = Linear(state.carry.obs.shape[-1], method.config.z_size, method="associative", key=key)
-    agent = eqx.tree_at(lambda agent: agent.kernel.cell.location, state.agent, cell)
-    return state._replace(agent=agent, opt_state=ppo.optimiser(method.config).init(agent))
+    cell = Linear(state.world.obs.shape[-1], method.config.z_size, method="associative", key=key)
+    kernel = eqx.tree_at(lambda kernel: kernel.cell.location, state.learned.kernel, cell)
+    agent = ppo.Agent(kernel, state.learned.critic)
+    params = eqx.filter(agent, eqx.is_inexact_array)
+    learned = ppo.Learned(*agent, ppo.optimiser(method.config).init(params))
+    return state._replace(learned=learned)
 
 
 def act(config: ppo.Config, env: Env, state: ppo.State) -> Any:
     """The rollout of one update."""
-    run = partial(rollout, state.agent.kernel, env, num_steps=config.num_steps)
+    run = partial(rollout, state.learned.kernel, env, num_steps=config.num_steps)
     keys = jr.split(state.key, config.num_envs)
-    return jax.vmap(lambda c, k: run(c, key=k))(state.carry, keys)
+    return jax.vmap(lambda c, k: run(c, key=k))(state.world, keys)
 
 
 def act_randomly(config: ppo.Config, env: Env, state: ppo.State) -> Any:
@@ -152,7 +155,7 @@ def act_randomly(config: ppo.Config, env: Env, state: ppo.State) -> Any:
         return env_state, (obs, *rest)
 
     keys = jr.split(state.key, (config.num_envs, config.num_steps))
-    return jax.vmap(partial(lax.scan, step))(state.carry.env_state, keys)
+    return jax.vmap(partial(lax.scan, step))(state.world.env_state, keys)
 
 
 def measure(config: Config, compared: list[Method]) -> tuple[np.ndarray, list[Timings]]:

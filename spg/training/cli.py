@@ -1,10 +1,10 @@
 """The command line of the scripts: shared options, and errors in one line."""
 
-import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -16,10 +16,12 @@ import tyro
 from jaxtyping import PRNGKeyArray
 
 from spg.exact import gamp
+from spg.kernels.factory import make_kernel
 from spg.kernels.finite import random_controller
 from spg.kernels.kernel import Kernel
-from spg.rollout import watch
-from spg.training import controllers, graphs, loop, records
+from spg.rollout import evaluation, watch
+from spg.training import controllers, graphs, loop, options, records, summaries, terminal
+from spg.training.metrics import AVERAGE_REWARD
 from spg.training.options import ProblemConfig, RunConfig, check_positive
 from spg.types import Env
 from spg.worlds.models import Problem
@@ -68,6 +70,47 @@ def save_film(kernels: Kernel, env: Env, out: Path) -> None:
         records.write(out / "rollout.html", page)
 
 
+def in_episodes(
+    config: Any,
+    env: Env,
+    method: str,
+    *,
+    init: Callable[[Any, Env, PRNGKeyArray], loop.State],
+    step: Callable[[Any, Env, loop.State], tuple[loop.State, loop.Report]],
+    **sizes: Any,
+) -> loop.Algorithm:
+    """An algorithm that trains a policy, `learned.kernel`, in an environment with episodes.
+
+    `config` has the fields of `EnvConfig`, `PolicyConfig` and `RunConfig`, and `sizes` is what else
+    an `Algorithm` holds. Raises ValueError where `make_kernel` does.
+    """
+    jax.eval_shape(lambda key: make_kernel(config, env.spec, key=key), jr.key(0))
+    kernel = lambda state: state.learned.kernel
+    seen = options.describe(config, oracle=config.memory == "oracle")
+    return loop.Algorithm(
+        title=f"{method}, {config.memory}: {seen}",
+        init=partial(init, config, env),
+        step=partial(step, config, env),
+        kernel=kernel,
+        evaluate=lambda state, key: evaluation(
+            kernel(state), env, num_episodes=config.eval_episodes, key=key
+        ),
+        export=lambda learned, out: save_film(learned.kernel, env, out),
+        **sizes,
+    )
+
+
+def of_controllers(problem: Problem, method: str, **parts: Any) -> loop.Algorithm:
+    """An algorithm that trains a finite-state controller, `learned.kernel`, in a finite world."""
+    shared: dict[str, Any] = {
+        "title": f"{method}: {problem.name}",
+        "kernel": lambda state: state.learned.kernel,
+        "export": lambda learned, out: save_controller(learned.kernel, problem, out),
+        "measure": AVERAGE_REWARD,
+    }
+    return loop.Algorithm(**shared | parts)
+
+
 C = TypeVar("C", bound=RunConfig)
 
 
@@ -78,24 +121,39 @@ def main(config_type: type[C], make: Callable[[C], loop.Algorithm], *, cores: bo
 
     Ends with status 2 and one line where the user erred, with 130 when interrupted.
     """
-    config = tyro.cli(config_type)
-    try:
-        check_positive(config, "num_seeds", "checkpoints", "eval_episodes")
-        if cores:
-            use_cores(config.num_seeds)
-        algorithm = make(config)
-        directory = records.open_run(config, algorithm.name)
-    except (ValueError, OSError, records.RunError) as error:
-        fail(error)
-    again = f"--out {directory} --resume goes on from the last checkpoint"
-    print(f"{algorithm.title}; run directory {directory}", file=sys.stderr)
-    try:
-        print(records.table(directory, loop.run(config, algorithm, directory)))
-    except (records.RunError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command with {again}", file=sys.stderr)
-        raise SystemExit(130) from None
+    with terminal.interruptible() as interruption:
+        try:
+            config = parse(config_type)
+            check_positive(config, "num_seeds", "checkpoints", "eval_episodes")
+            if cores:
+                use_cores(config.num_seeds)
+            algorithm = make(config)
+            directory = records.open_run(config, algorithm.name)
+        except (ValueError, OSError, records.RunError) as error:
+            fail(error)
+        again = f"--out {directory} --resume goes on from the last checkpoint"
+        interruption.line = f"interrupted; {again}"
+        print(f"{algorithm.title}; run directory {directory}", file=sys.stderr)
+        try:
+            print(summaries.table(directory, loop.run(config, algorithm, directory)))
+        except (records.RunError, OSError) as error:
+            fail(error)
+
+
+def parse(config_type: type[C], arguments: Sequence[str] | None = None) -> C:
+    """What the command line says; on resumption, what it does not say is as it was.
+
+    Raises RunError if there is nothing to resume.
+    """
+    config = tyro.cli(config_type, args=arguments)
+    if not config.resume or config.out is None:
+        return config
+    then = records.read_config(Path(config.out), config_type)
+    tables = {k: v for k, v in vars(then).items() if isinstance(v, dict)}
+    unsaid = {k: {} for k in tables}  # else tyro would make an option of each key
+    default = replace(then, out=config.out, resume=True, **unsaid)
+    now = tyro.cli(config_type, args=arguments, default=default)
+    return replace(now, **{k: v for k, v in tables.items() if not vars(now)[k]})
 
 
 def train(make: Callable[[C], loop.Algorithm], config: C, out: Path) -> dict[str, Any]:
@@ -104,7 +162,7 @@ def train(make: Callable[[C], loop.Algorithm], config: C, out: Path) -> dict[str
     algorithm = make(config)
     records.open_run(config, algorithm.name)
     if (out / "summary.json").exists():
-        return json.loads((out / "summary.json").read_text())
+        return summaries.read_summary(out)
     print(f"{algorithm.title}, {out.name}", file=sys.stderr)
     return loop.run(config, algorithm, out)
 
@@ -116,7 +174,7 @@ def use_cores(num_seeds: int) -> None:
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", loop.largest_divisor(num_seeds, cores))
+        jax.config.update("jax_num_cpu_devices", min(num_seeds, cores))
 
 
 def fail(error: Exception) -> NoReturn:

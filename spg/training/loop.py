@@ -1,11 +1,12 @@
 """The one loop: seeds, devices, checkpoints, resumption, metrics, progress.
 
-An algorithm is `init(key) -> state` and `step(state) -> (state, metrics)`, pure, with all its
+An algorithm is `init(key) -> State` and `step(state) -> (State, Report)`, pure, with all its
 randomness in the state. `run` vmaps it over seeds, shards these over devices, compiles a chunk of
 updates once, and keeps a run directory: `config.json`, `metrics.csv`, `summary.json`,
 `curve.png`, `checkpoints/`, TensorBoard events, and what else the algorithm exports.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,20 +19,42 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PRNGKeyArray, PyTree
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from spg.training import records
+from spg.kernels.kernel import Kernel
+from spg.rollout import Evaluation
+from spg.training import records, summaries
 from spg.training.checkpoints import Checkpoints
+from spg.training.events import Events
+from spg.training.metrics import EMPTY, RETURN, Mark, Measure, Table
 from spg.training.records import RunError
+from spg.training.terminal import Progress
 
 if TYPE_CHECKING:
-    from spg.training.cli import RunConfig
+    from spg.training.options import RunConfig
 
+SPLIT, WHOLE = PartitionSpec("seed"), PartitionSpec()
+CLOCKS = ("compile_seconds", "train_seconds", "evaluate_seconds")  # of all processes together
 SLICES = 5  # reports of progress between two checkpoints
-EPISODE_METRICS = ("return", "episode_length")  # nan in an update in which no episode ended
+ADVICE = "a smaller --learning-rate, in another --out, would be the first thing to try"
+
+
+class State(NamedTuple):
+    """All that one training hands from update to update."""
+
+    learned: Any  # parameters, the optimiser's state, statistics: it has to stay finite
+    world: Any  # what the data come from: environments under way, baselines, a buffer
+    key: PRNGKeyArray
+
+
+class Report(NamedTuple):
+    """What one update tells."""
+
+    score: Array  # what it is judged by: the mean return of the episodes that ended, or a reward
+    weight: Array  # of the score: how many episodes ended, or 1; without weight it may be nan
+    metrics: dict[str, Array]  # to watch; they have to stay finite
+    of_episodes: dict[str, Array] = {}  # noqa: RUF012  means over those episodes, as the score
 
 
 class Algorithm(NamedTuple):
@@ -39,107 +62,160 @@ class Algorithm(NamedTuple):
 
     name: str  # of the script
     title: str  # of the learning curve
-    init: Callable[[PRNGKeyArray], PyTree]
-    step: Callable[[PyTree], tuple[PyTree, dict[str, jax.Array]]]
-    params: Callable[[PyTree], PyTree]  # what has to stay finite
-    evaluate: Callable[[PyTree, PRNGKeyArray], dict[str, jax.Array]]
+    init: Callable[[PRNGKeyArray], State]
+    step: Callable[[State], tuple[State, Report]]
+    kernel: Callable[[State], Kernel]  # the policy that acts
+    evaluate: Callable[[State, PRNGKeyArray], Evaluation]
+    export: Callable[[PyTree, Path], None]  # writes what else the seeds' `learned`, stacked, tell
     num_updates: int
     steps_per_update: int  # environment steps; 0 for exact gradients
-    export: Callable[[PyTree, Path], None]  # writes what else the final states (of all seeds) tell
+    measure: Measure = RETURN  # what the score is
     sharded: bool = True  # over the devices by seed; GMRES of lineax 0.1.1 does not run so
+
+
+class Seeds(NamedTuple):
+    """The trainings of all seeds, stacked."""
+
+    state: State
+    diverged: Array  # [seeds] the update in which something was not finite; 0: none so far
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint holds."""
+
+    seeds: Seeds
+    clock: dict[str, np.float64]  # seconds
+    mark: Mark  # of `metrics.csv`
+
+    @staticmethod
+    def of(seeds: Seeds, clock: dict[str, float], mark: Mark) -> "Snapshot":
+        return Snapshot(seeds, {k: np.float64(v) for k, v in clock.items()}, mark)
 
 
 def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
     """Train all seeds in the directory that `records.open_run` opened; what `summary.json` holds.
 
-    Raises RunError when a loss or a parameter stops being finite, and, on resumption, if the
-    checkpoint does not fit.
+    A seed of which a loss or a parameter stops being finite ends alone: `learned` stays as it was
+    before that update, its cells in `metrics.csv` are empty from there on, and the summary, which
+    is of the others, names it.
+
+    Raises RunError when no seed is left, when another process trains in the directory, when it
+    cannot be written, and, on resumption, if what it holds is damaged or does not fit.
     """
-    seeds = np.arange(config.seed, config.seed + config.num_seeds)
-    limit = jax.device_count() if algorithm.sharded else 1
-    num_devices = largest_divisor(config.num_seeds, limit)
-    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("seed",))
-    sharding = NamedSharding(mesh, PartitionSpec("seed"))
-    over_seeds = partial(jax.shard_map, mesh=mesh, out_specs=PartitionSpec("seed"), check_vma=False)
-    if num_devices == 1:
-        over_seeds = lambda f, in_specs: f
+    with records.locked(out):
+        return _run(config, algorithm, out)
+
+
+def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
+    numbers = np.arange(config.seed, config.seed + config.num_seeds)
     marks = _marks(algorithm.num_updates, config.checkpoints * SLICES)
     at_checkpoints = set(_marks(algorithm.num_updates, config.checkpoints))
-    size = max(b - a for a, b in pairwise(marks))
-    work = (algorithm.steps_per_update or 1) * config.num_seeds  # of an update
-    bar = tqdm(
-        total=algorithm.num_updates * work,
-        unit="step" if algorithm.steps_per_update else "update", unit_scale=True,
-        desc=f"{algorithm.name}: compiling", smoothing=0.1,
+    work = (algorithm.steps_per_update or 1) * len(numbers)  # of an update
+    roots = jax.vmap(lambda seed: jr.split(jr.key(seed)))(jnp.asarray(numbers))
+    start = lambda keys: Seeds(jax.vmap(algorithm.init)(keys), jnp.zeros(len(keys), jnp.int32))
+    like = jax.eval_shape(start, roots[:, 0])
+    names = _names(algorithm.measure, jax.eval_shape(jax.vmap(algorithm.step), like.state)[1])
+    table = Table(
+        out / "metrics.csv", seeds=numbers, steps_per_update=algorithm.steps_per_update,
+        metrics=names, measure=algorithm.measure,
     )  # fmt: skip
-
-    began = time.perf_counter()
-    roots = jax.vmap(lambda seed: jr.split(jr.key(seed)))(jnp.asarray(seeds))
-    keys, eval_roots = (jax.device_put(roots[:, i], sharding) for i in range(2))
-    # on one device: batches of QR, in orthogonal weights, on two at once block both (jaxlib 0.10)
-    state = jax.jit(jax.vmap(algorithm.init))(roots[:, 0])
-    state = jax.jit(over_seeds(lambda x: x, in_specs=PartitionSpec("seed")))(state)
-    specs = (PartitionSpec("seed"), PartitionSpec())
-    train = jax.jit(
-        over_seeds(partial(_updates, algorithm, size), in_specs=specs), donate_argnums=0
-    )
-    evaluate = jax.jit(over_seeds(jax.vmap(algorithm.evaluate), in_specs=PartitionSpec("seed")))
-    metric_shapes = jax.eval_shape(train, state, jnp.int32(0))[1]
-    score_shapes = jax.eval_shape(evaluate, state, keys)
-    measure = records.measure(metric_shapes)
-    train = train.lower(state, jnp.int32(0)).compile()
-    evaluate = evaluate.lower(state, keys).compile()
-    compile_seconds = time.perf_counter() - began
-
     checkpoints = Checkpoints(out / "checkpoints")
-    update, clock = 0, {"train_seconds": 0.0, "evaluate_seconds": 0.0}
+    update, seeds, clock = 0, None, dict.fromkeys(CLOCKS, 0.0)
     if config.resume:
-        update, state, clock = checkpoints.restore(state, clock)
-    table = records.Table(
-        out / "metrics.csv",
-        seeds=seeds,
-        metrics=[k for k in metric_shapes if k != "finite"],
-        scores=list(score_shapes),
-        steps_per_update=algorithm.steps_per_update,
-        keep=update,
-    )
-    events = SummaryWriter(str(out), purge_step=update + 1)
-    bar.set_description(algorithm.name)
-    bar.reset()
-    bar.update(update * work)
+        update, seeds, clock = _resume(checkpoints, table, Snapshot.of(like, clock, EMPTY))
+    else:
+        table.start()
+
+    devices = _devices(algorithm, len(numbers))
+    unit = "step" if algorithm.steps_per_update else "update"
+    progress = Progress(algorithm.name, total=algorithm.num_updates * work, unit=unit)
+    events = Events(out, first=update + 1, say=progress.say)
     try:
-        for start, stop in pairwise(m for m in marks if m >= update):
+        began = time.perf_counter()
+        # `start` on one device: QR, of orthogonal weights, on two at once blocks both (jaxlib 0.10)
+        seeds = jax.jit(start)(roots[:, 0]) if seeds is None else seeds
+        seeds, eval_roots = _program(devices, lambda *x: x)(seeds, roots[:, 1])
+        ahead = [*pairwise(m for m in marks if m >= update)]
+        if ahead:
+            size = max(end - begin for begin, end in pairwise(marks))
+            specs, chunk = (SPLIT, WHOLE, WHOLE), partial(_updates, algorithm, size, names)
+            train = _program(devices, chunk, specs, donate_argnums=0)
+            train = train.lower(seeds, jnp.int32(0), jnp.int32(0)).compile()
+            evaluate = _program(devices, jax.vmap(algorithm.evaluate))
+            evaluate = evaluate.lower(seeds.state, eval_roots).compile()
+        clock["compile_seconds"] += time.perf_counter() - began
+
+        diverged = np.asarray(seeds.diverged)
+        progress.start(update * work)
+        for begin, end in ahead:
             began = time.perf_counter()
-            state, metrics = train(state, jnp.int32(stop - start))
-            metrics = {k: np.asarray(v)[:, : stop - start] for k, v in metrics.items()}
+            seeds, metrics = train(seeds, jnp.int32(begin), jnp.int32(end - begin))
+            metrics = {k: np.asarray(metrics[k])[:, : end - begin] for k in names}
             clock["train_seconds"] += time.perf_counter() - began
-            finite = metrics.pop("finite")
-            scores = {}
-            if stop in at_checkpoints and finite.all():
+            before, diverged = diverged, np.asarray(seeds.diverged)
+            scores = ()
+            if end in at_checkpoints and not diverged.all():
                 began = time.perf_counter()
-                eval_keys = jax.vmap(partial(jr.fold_in, data=stop))(eval_roots)
-                scores = {k: np.asarray(v) for k, v in evaluate(state, eval_keys).items()}
+                eval_keys = jax.vmap(partial(jr.fold_in, data=end))(eval_roots)
+                scores = tuple(np.asarray(x) for x in evaluate(seeds.state, eval_keys))
+                scores = tuple(np.where(diverged == 0, x, np.nan) for x in scores)
                 clock["evaluate_seconds"] += time.perf_counter() - began
-            table.append(stop, metrics, scores)
-            records.write_events(events, stop, metrics, scores)
-            _check_finite(finite, start, seeds, out)
-            if stop in at_checkpoints:
-                checkpoints.save(stop, state, clock)
-            bar.update((stop - start) * work)
-            if not np.isnan(metrics[measure]).all():
-                bar.set_postfix_str(f"{measure} {np.nanmean(metrics[measure]):.4g}")
+            table.append(end, metrics, scores)
+            means = _means(metrics | dict(zip(algorithm.measure.evaluated, scores, strict=False)))
+            events.add(end, means)
+            if diverged.all():
+                raise RunError(f"every seed diverged: {_named(numbers, diverged)}; {ADVICE}")
+            if (new := diverged != before).any():
+                progress.say(f"diverged: {_named(numbers[new], diverged[new])}; {ADVICE}")
+            if end in at_checkpoints:
+                checkpoints.save(end, Snapshot.of(seeds, clock, table.mark))
+            score = means.get(algorithm.measure.name)
+            note = "" if score is None else f"{algorithm.measure.label} {score:.4g}"
+            progress.advance((end - begin) * work, note)
     finally:
-        bar.close()
+        progress.close()
         events.close()
-        checkpoints.close()
-    algorithm.export(state, out)
-    return records.summarise(
+    finished = np.flatnonzero(diverged == 0)
+    algorithm.export(jax.tree.map(lambda x: x[finished], seeds.state.learned), out)
+    return summaries.summarise(
         out,
         title=algorithm.title,
-        seeds=seeds,
-        clock={"compile_seconds": compile_seconds, **clock},
+        seeds=numbers[finished].tolist(),
+        diverged={int(numbers[i]): int(diverged[i]) for i in np.flatnonzero(diverged)},
+        clock=clock,
         env_steps=algorithm.num_updates * algorithm.steps_per_update,
+        facts={"devices": [d.device_kind for d in devices], "jax": jax.__version__},
     )
+
+
+def _resume(
+    checkpoints: Checkpoints, table: Table, like: Snapshot
+) -> tuple[int, Seeds | None, dict[str, float]]:
+    """The updates done, the seeds and the clock, of the last checkpoint that can be gone on from.
+
+    That is one whose files are whole, and whose rows of `metrics.csv` are as they were written.
+    """
+    checkpoints.clean()
+    worse = []
+    for update in checkpoints.updates():
+        if not checkpoints.is_whole(update):
+            worse.append(f"checkpoint {update} is damaged")
+            continue
+        saved = checkpoints.restore(update, like)
+        if not table.holds(saved.mark):
+            worse.append(f"metrics.csv is damaged before update {update}")
+            continue
+        if worse:
+            print(f"{', '.join(worse)}; going on from update {update}", file=sys.stderr)
+        for later in [x for x in checkpoints.updates() if x > update]:
+            checkpoints.discard(later)
+        table.cut(saved.mark)
+        return update, saved.seeds, {k: float(v) for k, v in saved.clock.items()}
+    if worse:
+        raise RunError(f"--resume: {', '.join(worse)}; another --out starts afresh")
+    print("there is no checkpoint yet; starting from update 0", file=sys.stderr)
+    table.start()
+    return 0, None, {k: float(v) for k, v in like.clock.items()}
 
 
 def largest_divisor(n: int, limit: int) -> int:
@@ -147,38 +223,86 @@ def largest_divisor(n: int, limit: int) -> int:
     return max(i for i in range(1, limit + 1) if n % i == 0)
 
 
+def _devices(algorithm: Algorithm, num_seeds: int) -> list[Any]:
+    """The devices to train on, each with as many seeds; says where some stay idle."""
+    if not algorithm.sharded:
+        return jax.devices()[:1]
+    count = jax.device_count()
+    used = largest_divisor(num_seeds, count)
+    if used < min(num_seeds, count):
+        fits = [n for n in (num_seeds // count * count, -(-num_seeds // count) * count) if n]
+        print(
+            f"{num_seeds} seeds run on {used} of {count} devices, each with as many seeds; "
+            f"--num-seeds {' or '.join(map(str, fits))} would use all",
+            file=sys.stderr,
+        )
+    return jax.devices()[:used]
+
+
 def _marks(num_updates: int, count: int) -> list[int]:
     """0, `num_updates`, and marks between that divide it evenly in at most `count` parts."""
     return sorted({num_updates * i // count for i in range(count + 1)})
 
 
-def _updates(
-    algorithm: Algorithm, size: int, states: PyTree, count: jax.Array
-) -> tuple[PyTree, dict[str, jax.Array]]:
-    """`count` <= `size` updates of every seed, and their metrics `[seeds, size]`."""
+def _program(devices: list[Any], f: Callable, in_specs: Any = SPLIT, **options: Any) -> Any:
+    """`f`, whose arguments are stacked over seeds where `in_specs` says so, on these devices."""
+    if len(devices) > 1:
+        mesh = Mesh(np.array(devices), ("seed",))
+        f = jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=SPLIT, check_vma=False)
+    return jax.jit(f, **options)
 
-    def step(state):
-        state, metrics = algorithm.step(state)
-        leaves = jax.tree.leaves(algorithm.params(state))
-        leaves += [v for k, v in metrics.items() if k not in EPISODE_METRICS]
-        return state, metrics | {"finite": jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()}
+
+def _updates(
+    algorithm: Algorithm, size: int, names: list[str], seeds: Seeds, begin: Array, count: Array
+) -> tuple[Seeds, dict[str, Array]]:
+    """`count` <= `size` updates of every seed after the first `begin`, and their columns."""
+
+    def step(number, seed):
+        state, report = algorithm.step(seed.state)
+        columns = _columns(algorithm.measure, report)
+        facts = [*jax.tree.leaves((state.learned, report.metrics)), report.weight]
+        facts += [jnp.where(report.weight > 0, report.score, 0.0)]
+        finite = jnp.stack([jnp.isfinite(x).all() for x in facts if _is_number(x)]).all()
+        diverged = jnp.where((seed.diverged == 0) & ~finite, number, seed.diverged)
+        healthy = diverged == 0
+        learned = jax.tree.map(partial(jnp.where, healthy), state.learned, seed.state.learned)
+        columns = {k: jnp.where(healthy, v, jnp.nan) for k, v in columns.items()}
+        return Seeds(state._replace(learned=learned), diverged), columns
 
     def body(i, carry):
-        states, buffer = carry
-        states, metrics = jax.vmap(step)(states)
-        return states, jax.tree.map(lambda b, m: b.at[:, i].set(m), buffer, metrics)
+        seeds, buffer = carry
+        seeds, columns = jax.vmap(partial(step, begin + i + 1))(seeds)
+        return seeds, {k: buffer[k].at[:, i].set(columns[k]) for k in names}
 
-    shapes = jax.eval_shape(jax.vmap(step), states)[1]
-    buffer = jax.tree.map(lambda s: jnp.zeros((s.shape[0], size), s.dtype), shapes)
-    return lax.fori_loop(0, count, body, (states, buffer))
+    buffer = {k: jnp.zeros((len(seeds.diverged), size)) for k in names}
+    return lax.fori_loop(0, count, body, (seeds, buffer))
 
 
-def _check_finite(finite: np.ndarray, update: int, seeds: np.ndarray, out: Path) -> None:
-    if finite.all():
-        return
-    bad_update, bad_seed = np.argwhere(~finite.T)[0]
-    raise RunError(
-        f"seed {seeds[bad_seed]}, update {update + bad_update + 1}: a loss or parameter is not "
-        f"finite; the last good checkpoint is kept in {out / 'checkpoints'}; "
-        "a smaller --learning-rate would be the first thing to try"
-    )
+def _names(measure: Measure, report: Report) -> list[str]:
+    """The columns of an update's cells."""
+    weight = [] if measure.weight is None else [measure.weight]
+    return [measure.name, *weight, *report.of_episodes, *report.metrics]
+
+
+def _columns(measure: Measure, report: Report) -> dict[str, Array]:
+    """An update's cells by the names of their columns; nan where no episode has ended."""
+    ended = {measure.name: report.score, **report.of_episodes}
+    columns = {k: jnp.where(report.weight > 0, v, jnp.nan) for k, v in ended.items()}
+    if measure.weight is not None:
+        columns[measure.weight] = report.weight
+    return columns | report.metrics
+
+
+def _is_number(x: Array) -> bool:
+    """Not a key or an integer."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _means(columns: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means over seeds and updates, of the columns that have any."""
+    return {k: float(np.nanmean(x)) for k, x in columns.items() if not np.isnan(x).all()}
+
+
+def _named(numbers: np.ndarray, diverged: np.ndarray) -> str:
+    """Seeds, and the updates in which something of theirs was not finite."""
+    return ", ".join(f"seed {n} at update {u}" for n, u in zip(numbers, diverged, strict=True))
