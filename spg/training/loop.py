@@ -241,6 +241,7 @@ def _devices(algorithm: Algorithm, num_seeds: int) -> list[Any]:
 
 def _marks(num_updates: int, count: int) -> list[int]:
     """0, `num_updates`, and marks between that divide it evenly in at most `count` parts."""
+    count = min(count, num_updates)
     return sorted({num_updates * i // count for i in range(count + 1)})
 
 
