@@ -1,4 +1,6 @@
-"""Small networks whose every leaf is an array, so that they can be carried by a scan."""
+"""Small networks whose every leaf is an array, statistics of what they read, and what is learned."""
+
+import dataclasses
 
 import equinox as eqx
 import jax
@@ -6,6 +8,27 @@ import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+FIXED = {"fixed": True}  # `x: Array = eqx.field(metadata=FIXED)`: no optimiser moves x
+
+
+def learned(tree: PyTree) -> PyTree[bool]:
+    """What an optimiser may move: a tree of booleans like `tree`, for `eqx.partition`.
+
+    True at every array of floats that is not below a field of a module which the module's class
+    declares as `FIXED`: statistics, z0, a known model.
+    """
+    fields = dataclasses.fields(tree) if isinstance(tree, eqx.Module) else ()
+    fixed = {field.name for field in fields if "fixed" in field.metadata}
+
+    def mark(path, child):
+        if not path:
+            return eqx.is_inexact_array(child)
+        if isinstance(path[0], jax.tree_util.GetAttrKey) and path[0].name in fixed:
+            return jax.tree.map(lambda _: False, child)
+        return learned(child)
+
+    return jax.tree_util.tree_map_with_path(mark, tree, is_leaf=lambda x: x is not tree)
 
 
 class MLP(eqx.Module):
@@ -39,9 +62,9 @@ class Normalizer(eqx.Module):
     surrogate would differ from 1 otherwise. Before any data it is the identity.
     """
 
-    mean: Float[Array, " n"]
-    var: Float[Array, " n"]
-    count: Float[Array, ""]
+    mean: Float[Array, " n"] = eqx.field(metadata=FIXED)
+    var: Float[Array, " n"] = eqx.field(metadata=FIXED)
+    count: Float[Array, ""] = eqx.field(metadata=FIXED)
 
     def __init__(self, size: int):
         self.mean = jnp.zeros(size)
