@@ -19,11 +19,13 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
+from spg.estimators.statistics import observe, start_statistics
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
+from spg.kernels.networks import learned
 from spg.rollout import evaluation, reset, rollout
 from spg.training import cli, loop, options
-from spg.types import Env, policy_view
+from spg.types import Env, Transition, policy_view
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,27 @@ def optimiser(config: Config, env: Env) -> optax.GradientTransformation:
 
 
 def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
-    kernel_key, key = jr.split(key)
+    """A fresh kernel, with the statistics of as many episodes as an update has."""
+    kernel_key, episode_key, key = jr.split(key, 3)
     kernel = make_kernel(config, env.spec, key=kernel_key)
-    return State(kernel, optimiser(config, env).init(eqx.filter(kernel, eqx.is_inexact_array)), key)
+    kernel = start_statistics(kernel, policy_view(episodes(config, env, kernel, episode_key).obs))
+    return State(kernel, optimiser(config, env).init(eqx.filter(kernel, learned(kernel))), key)
+
+
+def episodes(config: Config, env: Env, kernel: Kernel, key: PRNGKeyArray) -> Transition:
+    """`num_envs` rollouts over the horizon, from fresh starts."""
+    reset_key, rollout_key = jr.split(key)
+    start = jax.vmap(lambda k: reset(kernel, env, key=k))(jr.split(reset_key, config.num_envs))
+    run = partial(rollout, kernel, env, num_steps=horizon(config, env))
+    rollout_keys = jr.split(rollout_key, config.num_envs)
+    return jax.vmap(lambda c, k: run(c, key=k))(start, rollout_keys)[1]
 
 
 def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array]]:
     """One update: fresh episodes, one gradient."""
-    key, reset_key, rollout_key = jr.split(state.key, 3)
+    key, episode_key = jr.split(state.key)
     kernel, num_steps = state.kernel, horizon(config, env)
-    start = jax.vmap(lambda k: reset(kernel, env, key=k))(jr.split(reset_key, config.num_envs))
-    run = partial(rollout, kernel, env, num_steps=num_steps)
-    rollout_keys = jr.split(rollout_key, config.num_envs)
-    _, trajs, _ = jax.vmap(lambda c, k: run(c, key=k))(start, rollout_keys)
+    trajs = episodes(config, env, kernel, episode_key)
 
     ended = jnp.cumsum(trajs.terminated | trajs.truncated, 1)
     alive = jnp.pad(ended[:, :-1], ((0, 0), (1, 0))) == 0  # up to the first end, included
@@ -89,11 +99,10 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
     else:
         ascent = episodic_gpomdp(kernel, trajs, discounted, alive * 1.0, segment_length=length)
 
-    descent = jax.tree.map(jnp.negative, ascent)
-    updates, opt_state = optimiser(config, env).update(descent, state.opt_state)
-    kernel = eqx.apply_updates(kernel, updates)
-    observed = kernel.normalizer.update(policy_view(trajs.obs))
-    kernel = eqx.tree_at(lambda k: k.normalizer, kernel, observed)
+    params = eqx.filter(kernel, learned(kernel))
+    descent = jax.tree.map(jnp.negative, eqx.filter(ascent, learned(kernel)))
+    updates, opt_state = optimiser(config, env).update(descent, state.opt_state, params)
+    kernel = observe(eqx.apply_updates(kernel, updates), kernel, trajs)
     metrics = {
         "return": reward.sum(1).mean(),
         "episode_length": alive.sum(1).mean(),
@@ -106,6 +115,10 @@ def step(config: Config, env: Env, state: State) -> tuple[State, dict[str, Array
 def make(config: Config) -> loop.Algorithm:
     """What `loop.run` takes. Raises ValueError for what cannot run."""
     options.check_positive(config, "num_envs", "z_size", "window")
+    if config.num_envs == 1:
+        raise ValueError(
+            "num_envs is 1; the baseline is fitted on the episodes, at least 2 of them"
+        )
     env = options.make_env(config, oracle=config.memory == "oracle")
     config.check(horizon(config, env))
     if num_updates(config, env) < 1:

@@ -104,7 +104,7 @@ class TanhNormal(eqx.Module):
     log p(x) = log N(u; loc, std²) - Σ log(1 - tanh² u), Haarnoja et al. (2018), eq. 21, with
     log(1 - tanh² u) = 2 (log 2 - |u| - softplus(-2|u|)), which does not overflow.
 
-    A rounded x tells u up to |u| = 9.0 in single precision and 19.1 in double; beyond, x is 1 or -1.
+    A rounded x tells u up to |u| = 9.0 in single precision and 19.1 in double; beyond, x is ±1.
     `sample_and_log_prob` takes both from the same u and is exact everywhere. `log_prob` of x = ±1
     is the logarithm of the mean density over the numbers that round to x, so that its score is the
     mean score of the u that may have been drawn. Numbers outside [-1, 1] count as ±1.
@@ -187,7 +187,7 @@ def std_from_log(log_std: Float[Array, "..."]) -> Float[Array, "..."]:
 def log_from_std(std: Scalar, name: str = "std") -> Float[Array, ""]:
     """log(std), for `std_from_log` to invert.
 
-    Raises ValueError, in which the number is called `name`, if `std` is out of range and not traced.
+    Raises ValueError, which calls the number `name`, if `std` is out of range and not traced.
     """
     low, high = map(math.exp, LOG_STD_RANGE)
     if not isinstance(std, core.Tracer) and not low <= std <= high:
