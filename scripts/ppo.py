@@ -24,15 +24,17 @@ from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
 from spg.estimators.returns import gae
+from spg.estimators.statistics import observe, observe_critic, start_statistics
 from spg.estimators.surrogate import ppo_surrogate
 from spg.kernels.critics import Critic
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
+from spg.kernels.networks import learned
 from spg.rollout import reset, rollout
 from spg.scans import divisors, shuffle, split_segments
 from spg.training import cli, loop, options
 from spg.training.loop import Report, State
-from spg.types import Env, Transition, critic_view, policy_view
+from spg.types import Env, critic_view, policy_view
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,21 @@ def optimiser(config: Config) -> optax.GradientTransformation:
 
 
 def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
-    kernel_key, critic_key, env_key, key = jr.split(key, 4)
+    """Fresh networks, with the statistics of one rollout from where the training starts."""
+    kernel_key, critic_key, env_key, rollout_key, key = jr.split(key, 5)
     kernel = make_kernel(config, env.spec, key=kernel_key)
     sizes = env.spec.critic_size, kernel.feature(kernel.z0).size, [*config.hidden]
     critic = Critic(*sizes, feature=kernel.feature, key=critic_key)
     env_keys = jr.split(env_key, config.num_envs)
     carry = jax.vmap(lambda k: reset(kernel, env, key=k))(env_keys)
-    opt_state = optimiser(config).init(eqx.filter(Agent(kernel, critic), eqx.is_inexact_array))
-    return State(Learned(kernel, critic, opt_state), carry, key)
+    run = partial(rollout, kernel, env, num_steps=config.num_steps)
+    rollout_keys = jr.split(rollout_key, config.num_envs)
+    obs = jax.vmap(lambda c, k: run(c, key=k))(carry, rollout_keys)[1].obs
+    agent = Agent(
+        start_statistics(kernel, policy_view(obs)), start_statistics(critic, critic_view(obs))
+    )
+    opt_state = optimiser(config).init(eqx.filter(agent, learned(agent)))
+    return State(Learned(*agent, opt_state), carry, key)
 
 
 def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
@@ -127,7 +136,9 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
         metrics=jax.tree.map(jnp.mean, metrics) | {"explained_variance": explained},
         of_episodes={"episode_length": episodes.length_sum.sum() / episodes.count.sum()},
     )
-    return State(Learned(*observed(agent, traj), opt_state), carry, key), report
+    kernel = observe(agent.kernel, kernel, segments)
+    critic = observe_critic(agent.critic, critic, segments)
+    return State(Learned(kernel, critic, opt_state), carry, key), report
 
 
 def gradient_step(
@@ -135,8 +146,10 @@ def gradient_step(
 ) -> tuple[tuple[Agent, optax.OptState], dict[str, Array]]:
     """Adam on one minibatch of segments."""
     agent, opt_state = state
+    params, fixed = eqx.partition(agent, learned(agent))
 
-    def loss(agent):
+    def loss(params):
+        agent = eqx.combine(params, fixed)
         segments, old, advantage, target = batch
         new = jax.vmap(agent.kernel.log_prob)(segments)
         surrogate = ppo_surrogate(new, old, advantage, clip=config.clip)
@@ -148,23 +161,10 @@ def gradient_step(
         metrics |= {k: jnp.mean(v) for k, v in surrogate._asdict().items() if k != "objective"}
         return policy_loss + value_loss - config.entropy_coef * entropy, metrics
 
-    gradient, metrics = eqx.filter_grad(loss, has_aux=True)(agent)
-    updates, opt_state = optimiser(config).update(gradient, opt_state)
+    gradient, metrics = eqx.filter_grad(loss, has_aux=True)(params)
+    updates, opt_state = optimiser(config).update(gradient, opt_state, params)
     agent = eqx.apply_updates(agent, updates)
     return (agent, opt_state), metrics | {"gradient_norm": optax.global_norm(gradient)}
-
-
-def observed(agent: Agent, traj: Transition) -> Agent:
-    """The agent with its statistics of observations brought up to date."""
-    kernel, critic = agent
-    return eqx.tree_at(
-        lambda agent: (agent.kernel.normalizer, agent.critic.normalizer),
-        agent,
-        (
-            kernel.normalizer.update(policy_view(traj.obs)),
-            critic.normalizer.update(critic_view(traj.obs)),
-        ),
-    )
 
 
 def make(config: Config) -> loop.Algorithm:

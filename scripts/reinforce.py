@@ -25,12 +25,14 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
+from spg.estimators.statistics import observe
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
+from spg.kernels.networks import learned
 from spg.rollout import reset, rollout
 from spg.training import cli, loop, options
 from spg.training.loop import Report, State
-from spg.types import Env, policy_view
+from spg.types import Env, Transition
 
 
 @dataclass(frozen=True)
@@ -70,21 +72,28 @@ def optimiser(config: Config, env: Env) -> optax.GradientTransformation:
 
 
 def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
-    kernel_key, key = jr.split(key)
+    """A fresh kernel, with the statistics of as many episodes as an update has."""
+    kernel_key, episode_key, key = jr.split(key, 3)
     kernel = make_kernel(config, env.spec, key=kernel_key)
-    opt_state = optimiser(config, env).init(eqx.filter(kernel, eqx.is_inexact_array))
+    opt_state = optimiser(config, env).init(eqx.filter(kernel, learned(kernel)))
     return State(Learned(kernel, opt_state), (), key)
+
+
+def episodes(config: Config, env: Env, kernel: Kernel, key: PRNGKeyArray) -> Transition:
+    """`num_envs` rollouts over the horizon, from fresh starts."""
+    reset_key, rollout_key = jr.split(key)
+    start = jax.vmap(lambda k: reset(kernel, env, key=k))(jr.split(reset_key, config.num_envs))
+    run = partial(rollout, kernel, env, num_steps=horizon(config, env))
+    rollout_keys = jr.split(rollout_key, config.num_envs)
+    return jax.vmap(lambda c, k: run(c, key=k))(start, rollout_keys)[1]
 
 
 def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     """One update: fresh episodes, one gradient."""
-    key, reset_key, rollout_key = jr.split(state.key, 3)
+    key, episode_key = jr.split(state.key)
     kernel, opt_state = state.learned
     num_steps = horizon(config, env)
-    start = jax.vmap(lambda k: reset(kernel, env, key=k))(jr.split(reset_key, config.num_envs))
-    run = partial(rollout, kernel, env, num_steps=num_steps)
-    rollout_keys = jr.split(rollout_key, config.num_envs)
-    _, trajs, _ = jax.vmap(lambda c, k: run(c, key=k))(start, rollout_keys)
+    trajs = episodes(config, env, kernel, episode_key)
 
     ended = jnp.cumsum(trajs.terminated | trajs.truncated, 1)
     alive = jnp.pad(ended[:, :-1], ((0, 0), (1, 0))) == 0  # up to the first end, included
@@ -97,11 +106,10 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     else:
         ascent = episodic_gpomdp(kernel, trajs, discounted, alive * 1.0, segment_length=length)
 
-    descent = jax.tree.map(jnp.negative, ascent)
-    updates, opt_state = optimiser(config, env).update(descent, opt_state)
-    kernel = eqx.apply_updates(kernel, updates)
-    observed = kernel.normalizer.update(policy_view(trajs.obs))
-    kernel = eqx.tree_at(lambda k: k.normalizer, kernel, observed)
+    params = eqx.filter(kernel, learned(kernel))
+    descent = jax.tree.map(jnp.negative, eqx.filter(ascent, learned(kernel)))
+    updates, opt_state = optimiser(config, env).update(descent, opt_state, params)
+    kernel = observe(eqx.apply_updates(kernel, updates), kernel, trajs)
     report = Report(
         score=reward.sum(1).mean(),
         weight=jnp.float32(config.num_envs),
@@ -114,6 +122,10 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
 def make(config: Config) -> loop.Algorithm:
     """What `loop.run` takes. Raises ValueError for what cannot run."""
     options.check_positive(config, "num_envs", "z_size", "window")
+    if config.num_envs == 1:
+        raise ValueError(
+            "num_envs is 1; the baseline is fitted on the episodes, at least 2 of them"
+        )
     env = options.make_env(config, oracle=config.memory == "oracle")
     config.check(horizon(config, env))
     if num_updates(config, env) < 1:

@@ -1,4 +1,8 @@
-"""Distributions of one action or one internal state; callers `vmap`."""
+"""Distributions of one action or one internal state; callers `vmap`.
+
+`sample_and_log_prob` is reparameterised: its gradients run through the sample to the parameters,
+and the log-probability comes from the noise itself, not from a sample that was rounded.
+"""
 
 import math
 from typing import Any, Protocol, runtime_checkable
@@ -8,8 +12,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jax import lax
+from jax import core, lax
+from jax.scipy import stats
 from jaxtyping import Array, Float, Inexact, Int, PRNGKeyArray, PyTree
+
+from spg.types import Scalar
+
+LOG_STD_RANGE = (-20.0, 2.0)  # standard deviations from 2.1e-9 to 7.4
 
 _LOG_2PI = math.log(2 * math.pi)
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
@@ -49,30 +58,29 @@ class Delta(eqx.Module):
 
 
 class Normal(eqx.Module):
-    """Diagonal Gaussian N(loc, diag(std²)); log_prob and entropy are summed over components."""
+    """Diagonal Gaussian N(loc, diag(std²)); log_prob and entropy are summed over components.
+
+    With a complex `loc`, `std` is that of the real part and of the imaginary part each, and both
+    count: log p(x) = Σ -½ |x - loc|²/std² - 2 (log std + ½ log 2π).
+    """
 
     loc: Inexact[Array, " n"]
     std: Float[Array, " n"]
 
     def sample(self, *, key: PRNGKeyArray) -> Inexact[Array, " n"]:
-        noise = jr.normal(key, (self._parts, *self.loc.shape), self.std.dtype)
-        noise = lax.complex(*noise) if self._parts == 2 else noise[0]
-        return self.loc + self.std * noise
+        return self.loc + self.std * self._noise(key)
 
     def sample_and_log_prob(
         self, *, key: PRNGKeyArray
     ) -> tuple[Inexact[Array, " n"], Float[Array, ""]]:
-        x = self.sample(key=key)
-        return x, self.log_prob(x)
+        noise = self._noise(key)
+        return self.loc + self.std * noise, self._log_density(noise)
 
     def mode(self) -> Inexact[Array, " n"]:
         return self.loc
 
     def log_prob(self, x: Inexact[Array, " n"]) -> Float[Array, ""]:
-        residual = (x - self.loc) / self.std
-        square = residual.real**2 + residual.imag**2 if self._parts == 2 else residual**2
-        volume = self._parts * jnp.sum(jnp.log(self.std) + 0.5 * _LOG_2PI)
-        return -0.5 * jnp.sum(square) - volume
+        return self._log_density((x - self.loc) / self.std)
 
     def entropy(self) -> Float[Array, ""]:
         return self._parts * jnp.sum(jnp.log(self.std) + 0.5 * (_LOG_2PI + 1))
@@ -81,37 +89,50 @@ class Normal(eqx.Module):
     def _parts(self) -> int:
         return 2 if jnp.iscomplexobj(self.loc) else 1
 
+    def _noise(self, key: PRNGKeyArray) -> Inexact[Array, " n"]:
+        noise = jr.normal(key, (self._parts, *self.loc.shape), self.std.dtype)
+        return lax.complex(*noise) if self._parts == 2 else noise[0]
 
-def std_from_log(log_std: Float[Array, " n"]) -> Float[Array, " n"]:
-    return jnp.exp(log_std + lax.stop_gradient(jnp.clip(log_std, -20.0, 2.0) - log_std))
+    def _log_density(self, residual: Inexact[Array, " n"]) -> Float[Array, ""]:
+        square = jnp.real(residual * jnp.conj(residual))
+        return -0.5 * jnp.sum(square) - self._parts * jnp.sum(jnp.log(self.std) + 0.5 * _LOG_2PI)
 
 
 class TanhNormal(eqx.Module):
-    """Law of tanh(u), u ~ N(loc, diag(std²)), on (-1, 1)^n; the mode reported is tanh(loc).
+    """The distribution of tanh(u), u ~ N(loc, diag(std²)), on (-1, 1)^n; its `mode` is tanh(loc).
 
     log p(x) = log N(u; loc, std²) - Σ log(1 - tanh² u), Haarnoja et al. (2018), eq. 21, with
-    log(1 - tanh² u) = 2 (log 2 - u - softplus(-2u)), which does not overflow.
+    log(1 - tanh² u) = 2 (log 2 - |u| - softplus(-2|u|)), which does not overflow.
+
+    A rounded x tells u up to |u| = 9.0 in single precision and 19.1 in double; beyond, x is ±1.
+    `sample_and_log_prob` takes both from the same u and is exact everywhere. `log_prob` of x = ±1
+    is the logarithm of the mean density over the numbers that round to x, so that its score is the
+    mean score of the u that may have been drawn. Numbers outside [-1, 1] count as ±1.
     """
 
     loc: Float[Array, " n"]
     std: Float[Array, " n"]
 
     def sample(self, *, key: PRNGKeyArray) -> Float[Array, " n"]:
-        return jnp.tanh(Normal(self.loc, self.std).sample(key=key))
+        return _tanh(Normal(self.loc, self.std).sample(key=key))
 
     def sample_and_log_prob(
         self, *, key: PRNGKeyArray
     ) -> tuple[Float[Array, " n"], Float[Array, ""]]:
         u, log_prob = Normal(self.loc, self.std).sample_and_log_prob(key=key)
-        return jnp.tanh(u), log_prob - jnp.sum(_log_tanh_slope(u))
+        return _tanh(u), log_prob - jnp.sum(_log_tanh_slope(u))
 
     def mode(self) -> Float[Array, " n"]:
-        return jnp.tanh(self.loc)
+        return _tanh(self.loc)
 
     def log_prob(self, x: Float[Array, " n"]) -> Float[Array, ""]:
-        limit = 1 - jnp.finfo(x.dtype).eps
-        u = jnp.arctanh(jnp.clip(x, -limit, limit))
-        return Normal(self.loc, self.std).log_prob(u) - jnp.sum(_log_tanh_slope(u))
+        inside = jnp.abs(x) < 1
+        u = jnp.arctanh(jnp.where(inside, x, 0.0))
+        density = stats.norm.logpdf(u, self.loc, self.std) - _log_tanh_slope(u)
+        width = float(jnp.finfo(x.dtype).eps) / 4  # what is nearer to 1 than to the number below it
+        edge = 0.5 * math.log(2 / width)  # artanh(1 - width)
+        mass = stats.norm.logsf(edge, jnp.sign(x) * self.loc, self.std)
+        return jnp.sum(jnp.where(inside, density, mass - math.log(width)))
 
     def entropy(self) -> Float[Array, ""]:
         """H(u) + E Σ log(1 - tanh² u); the mean by Gauss-Hermite quadrature with 32 nodes."""
@@ -121,7 +142,7 @@ class TanhNormal(eqx.Module):
 
 
 class Categorical(eqx.Module):
-    """Law of an integer with unnormalised log-probabilities `logits`.
+    """The distribution of an integer with unnormalised log-probabilities `logits`.
 
     The integers are 0..n-1, or those of `support` where given, each of which occurs once in it.
     """
@@ -154,5 +175,42 @@ class Categorical(eqx.Module):
         return i if self.support is None else self.support[i]
 
 
+def std_from_log(log_std: Float[Array, "..."]) -> Float[Array, "..."]:
+    """exp(log_std), with `log_std` clipped to `LOG_STD_RANGE`, and the gradient as if it were not.
+
+    A parameter that a step has thrown out of the range comes back by its own gradient,
+    d std / d log_std = std.
+    """
+    return jnp.exp(_clip_log_std(log_std))
+
+
+def log_from_std(std: Scalar, name: str = "std") -> Float[Array, ""]:
+    """log(std), for `std_from_log` to invert.
+
+    Raises ValueError, which calls the number `name`, if `std` is out of range and not traced.
+    """
+    low, high = map(math.exp, LOG_STD_RANGE)
+    if not isinstance(std, core.Tracer) and not low <= std <= high:
+        raise ValueError(f"{name} is {std}; it has to be from {low:.2g} to {high:.2g}")
+    return jnp.log(std)
+
+
+@jax.custom_jvp
+def _clip_log_std(log_std: Array) -> Array:
+    return jnp.clip(log_std, *LOG_STD_RANGE)
+
+
+@_clip_log_std.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _clip_log_std(*primals), tangents[0]
+
+
+def _tanh(u: Array) -> Array:
+    """tanh(u), exact to its last digits: XLA's own is 1 from u = 8 on in single precision."""
+    growth = jnp.expm1(-2 * jnp.clip(u, -20.0, 20.0))
+    return -growth / (2 + growth)
+
+
 def _log_tanh_slope(u: Array) -> Array:
+    u = jnp.abs(u)
     return 2 * (math.log(2) - u - jax.nn.softplus(-2 * u))

@@ -40,8 +40,10 @@ def reinforce(
 
     S is the score Σ_t ∇ log π of an episode (`score_estimate` with unit weights), J its
     discounted return. The baseline is fitted on the same episodes: bias O(1/N). Williams (1992),
-    Peters & Schaal (2008), eq. 12; REINFORCE-RS of Al-Hafez et al. (2024).
+    Peters & Schaal (2008), eq. 12; REINFORCE-RS of Al-Hafez et al. (2024). Raises ValueError for
+    N = 1, where the baseline is the return itself and the estimate 0.
     """
+    _check_episodes(len(episode_return))
 
     def component(s):
         j = episode_return.reshape(-1, *(1,) * (s.ndim - 1))
@@ -66,8 +68,10 @@ def episodic_gpomdp(
     `reward` is the discounted one, γ^t r_t; `alive` (1 until an episode's end, 0 after) masks
     scores. Baxter & Bartlett (2001); GPOMDP-RS of Al-Hafez et al. (2024). The partial sums are
     never stored: memory is that of one segment's scores, N · L parameter vectors. For a kernel
-    that computes z', segments are truncated BPTT, as in `score_estimate`.
+    that computes z', segments are truncated BPTT, as in `score_estimate`. Raises ValueError for
+    N = 1, where the baseline is the reward itself and the estimate 0.
     """
+    _check_episodes(len(reward))
     split = jax.vmap(lambda x: split_segments(x, segment_length), out_axes=1)  # time first
     segments, reward, alive = split((trajs, reward, alive))
     scores = jax.vmap(eqx.filter_jacrev(lambda k, s: k.log_prob(s).joint), (None, 0))
@@ -93,6 +97,14 @@ def episodic_gpomdp(
     gradient = jax.tree.map(jnp.zeros_like, params)
     (_, gradient), _ = lax.scan(step, (zeros, gradient), (segments, reward, alive))
     return gradient
+
+
+def _check_episodes(num_episodes: int) -> None:
+    if num_episodes < 2:
+        raise ValueError(
+            f"{num_episodes} episode: the baseline is fitted on the episodes of the estimate, of "
+            "which there have to be at least 2"
+        )
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:

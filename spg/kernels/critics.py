@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from spg.kernels.networks import MLP, Flat, Normalizer
+from spg.kernels.networks import FIXED, MLP, Flat, Normalizer
 from spg.types import critic_view
 
 
@@ -20,8 +20,8 @@ class Critic(eqx.Module):
 
     mlp: MLP
     normalizer: Normalizer
-    mean_square: Float[Array, ""]
-    count: Float[Array, ""]
+    mean_square: Float[Array, ""] = eqx.field(metadata=FIXED)
+    count: Float[Array, ""] = eqx.field(metadata=FIXED)
     feature: Callable[[PyTree], Array]  # of z, which the network sees in place of z
 
     def __init__(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from spg.distributions import log_from_std
 from spg.kernels.cells import (
     GRU,
     Cell,
@@ -117,7 +118,8 @@ def make_kernel(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Kerne
         z0 = jnp.zeros(config.z_size // 2, complex) if is_complex else jnp.zeros(config.z_size)
         cell = Computed(location)
         if config.memory == "s2pg":
-            cell = Drawn(NormalAround(location, jnp.full(z0.size, jnp.log(config.state_std))))
+            log_std = log_from_std(config.state_std, "state_std")
+            cell = Drawn(NormalAround(location, jnp.full(z0.size, log_std)))
         if config.cell == "leaky":
             normalizer = Identity()
     head = _head(config, spec, spec.obs_size + seen(z0).size, key=head_key)

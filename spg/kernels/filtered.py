@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spg.filters.belief import Filter, exact_filter, forward_filter, leaky_filter
 from spg.kernels.cells import Computed, Location
+from spg.kernels.networks import FIXED
 from spg.worlds.hmm import deterministic_part, hmm
 from spg.worlds.models import POMDP
 
@@ -25,7 +26,7 @@ class FilterLocation(Location):
     Observations are not to be normalised.
     """
 
-    filter: Filter
+    filter: Filter = eqx.field(metadata=FIXED)
     num_obs: int = eqx.field(static=True)
     num_actions: int = eqx.field(static=True)
 

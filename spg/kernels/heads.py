@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from spg.distributions import Categorical, Distribution, Normal, std_from_log
+from spg.distributions import Categorical, Distribution, Normal, log_from_std, std_from_log
 from spg.kernels.networks import MLP, Flat
 from spg.types import Scalar
 
@@ -66,14 +66,17 @@ class TeamHead(eqx.Module):
 
 
 class NormalHead(eqx.Module):
-    """Continuous actions: mean = MLP(o, z'), a learned std that depends on neither."""
+    """Continuous actions: mean = MLP(o, z'), and a learned standard deviation that is constant.
+
+    `std` is where it starts. Raises ValueError if that is out of the range of `std_from_log`.
+    """
 
     mlp: MLP
     log_std: Float[Array, " a"]
 
     def __init__(self, sizes: list[int], *, std: Scalar, gain: float = 0.01, key: PRNGKeyArray):
         self.mlp = MLP(sizes, gain=gain, key=key)
-        self.log_std = jnp.full(sizes[-1], jnp.log(std))
+        self.log_std = jnp.full(sizes[-1], log_from_std(std))
 
     def __call__(self, obs: Float[Array, " o"], z_next: PyTree) -> Normal:
         mean = self.mlp(jnp.concatenate([obs, Flat()(z_next)]))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from spg.kernels.cells import Cell
 from spg.kernels.heads import Head
-from spg.kernels.networks import Flat, Identity, Normalizer
+from spg.kernels.networks import FIXED, Flat, Identity, Normalizer
 from spg.types import LogProb, Transition, policy_view
 
 
@@ -25,7 +25,7 @@ class Kernel(eqx.Module):
     cell: Cell
     head: Head
     normalizer: Normalizer | Identity
-    z0: PyTree
+    z0: PyTree = eqx.field(metadata=FIXED)
     feature: Callable[[PyTree], Float[Array, " f"]] = Flat()
 
     def reset(self, first: Bool[Array, ""], z: PyTree) -> PyTree:

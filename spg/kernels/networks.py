@@ -1,4 +1,7 @@
-"""Small networks whose every leaf is an array, so that they can be carried by a scan."""
+"""Small networks of arrays alone, statistics of what they read, and what of them is learned."""
+
+import dataclasses
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -6,6 +9,27 @@ import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+FIXED = {"fixed": True}  # `x: Array = eqx.field(metadata=FIXED)`: no optimiser moves x
+
+
+def learned(tree: PyTree) -> PyTree[bool]:
+    """What an optimiser may move: a tree of booleans like `tree`, for `eqx.partition`.
+
+    True at every array of floats that is not below a field of a module which the module's class
+    declares as `FIXED`: statistics, z0, a known model.
+    """
+    fields = dataclasses.fields(tree) if isinstance(tree, eqx.Module) else ()
+    fixed = {field.name for field in fields if "fixed" in field.metadata}
+
+    def mark(path, child):
+        if not path:
+            return eqx.is_inexact_array(child)
+        if isinstance(path[0], jax.tree_util.GetAttrKey) and path[0].name in fixed:
+            return jax.tree.map(lambda _: False, child)
+        return learned(child)
+
+    return jax.tree_util.tree_map_with_path(mark, tree, is_leaf=lambda x: x is not tree)
 
 
 class MLP(eqx.Module):
@@ -35,13 +59,13 @@ class MLP(eqx.Module):
 class Normalizer(eqx.Module):
     """Standardise by the running mean and variance of all data given to `update`.
 
-    Constant to gradients. Updated between, never inside, policy updates: the first ratio of a
-    surrogate would differ from 1 otherwise. Before any data it is the identity.
+    Constant to gradients. The statistics move between, never inside, policy updates: otherwise the
+    first ratio of a surrogate would differ from 1. Before any data this is the identity.
     """
 
-    mean: Float[Array, " n"]
-    var: Float[Array, " n"]
-    count: Float[Array, ""]
+    mean: Float[Array, " n"] = eqx.field(metadata=FIXED)
+    var: Float[Array, " n"] = eqx.field(metadata=FIXED)
+    count: Float[Array, ""] = eqx.field(metadata=FIXED)
 
     def __init__(self, size: int):
         self.mean = jnp.zeros(size)
@@ -64,6 +88,30 @@ class Normalizer(eqx.Module):
         where = lambda n: (n.mean, n.var, n.count)
         return eqx.tree_at(where, self, (mean, m2 / count, count))
 
+    def advance(
+        self,
+        data: Float[Array, "*batch n"],
+        *,
+        change: Callable[["Normalizer"], Float[Array, ""]],
+        limit: Float[Array, ""],
+    ) -> "Normalizer":
+        """The way to `update(data)`, or the first of ½, ¼, ... of it whose `change` is in `limit`.
+
+        None of it, if 1/1024 is still too much. The count goes the same way, so that data of which
+        little was taken do not weigh against those to come.
+        """
+        goal = self.update(data)
+        towards = lambda share: jax.tree.map(lambda a, b: a + share * (b - a), self, goal)
+
+        def halve(state):
+            share = state[0] / 2
+            return share, change(towards(share))
+
+        too_far = lambda state: (state[0] > 1e-3) & ~(state[1] <= limit)
+        start = jnp.ones_like(self.count), change(goal)
+        share, changed = lax.while_loop(too_far, halve, start)
+        return towards(jnp.where(changed <= limit, share, 0.0))
+
 
 class Flat(eqx.Module):
     """The leaves of an internal state as one real vector; real parts, then imaginary parts."""
@@ -78,12 +126,15 @@ class Flat(eqx.Module):
 
 
 class Identity(eqx.Module):
-    """Leaves observations as they are, where they are integers."""
+    """Leaves observations as they are, where they are integers or one-hot."""
 
     def __call__(self, x: Array) -> Array:
         return x
 
     def update(self, data: Array) -> "Identity":
+        return self
+
+    def advance(self, data: Array, *, change: Callable, limit: Array) -> "Identity":
         return self
 
 
