@@ -25,14 +25,14 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
-from spg.estimators.statistics import observe
+from spg.estimators.statistics import observe, start_statistics
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import learned
 from spg.rollout import reset, rollout
 from spg.training import cli, loop, options
 from spg.training.loop import Report, State
-from spg.types import Env, Transition
+from spg.types import Env, Transition, policy_view
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
     """A fresh kernel, with the statistics of as many episodes as an update has."""
     kernel_key, episode_key, key = jr.split(key, 3)
     kernel = make_kernel(config, env.spec, key=kernel_key)
+    kernel = start_statistics(kernel, policy_view(episodes(config, env, kernel, episode_key).obs))
     opt_state = optimiser(config, env).init(eqx.filter(kernel, learned(kernel)))
     return State(Learned(kernel, opt_state), (), key)
 
