@@ -16,7 +16,7 @@ from spg.estimators import (
 from spg.kernels import Kernel, PolicyConfig, finite_kernel, make_kernel, random_controller
 from spg.rollout import Carry, Episodes, evaluate, evaluation, reset, rollout
 from spg.scans import linear_scan, split_segments
-from spg.types import Env, Observation, Spec, Transition
+from spg.types import Env, LogProb, Observation, Spec, Transition
 
 __version__ = "0.2.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "Env",
     "Episodes",
     "Kernel",
+    "LogProb",
     "Observation",
     "PolicyConfig",
     "Spec",

@@ -4,6 +4,7 @@
 likelihoods that they take (`istate`, `exp_istate`, `responsibilities`) are importable from here.
 """
 
+from spg.estimators import gpomdp
 from spg.estimators.bounds import Constants, bptt_variance_bound, s2pg_variance_bound
 from spg.estimators.gpomdp import exp_istate, exp_istate_by_observations, istate
 from spg.estimators.held import (
@@ -27,6 +28,7 @@ __all__ = [
     "exp_istate",
     "exp_istate_by_observations",
     "gae",
+    "gpomdp",
     "hold",
     "istate",
     "ppo_surrogate",

@@ -3,6 +3,7 @@
 `ascent`, `conjugate`, `gamp` and `kstep` are modules; their entry points are importable from here.
 """
 
+from spg.exact import conjugate
 from spg.exact.ascent import (
     ascend,
     gap_bound,
@@ -38,6 +39,7 @@ __all__ = [
     "LongRun",
     "all_policies",
     "ascend",
+    "conjugate",
     "discounted_values",
     "enumerate_mean",
     "enumerate_return",

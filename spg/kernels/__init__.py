@@ -3,17 +3,17 @@
 Every part is importable from here; `make_kernel` puts them together from a `PolicyConfig`.
 """
 
-from spg.kernels.cells import GRU, Cell, Computed, Empty, Location, Noisy, Window
+from spg.kernels.cells import GRU, Cell, Computed, Drawn, Empty, Location, NormalAround, Window
 from spg.kernels.critics import Critic
 from spg.kernels.factory import PolicyConfig, make_kernel
-from spg.kernels.filtered import Feature, FeatureHead, FilterCell, filter_cell
+from spg.kernels.filtered import Feature, FilterLocation, filter_cell
 from spg.kernels.finite import (
     ExpectedIState,
-    FiniteCell,
+    FiniteMemory,
     MixtureHead,
-    NetworkCell,
-    TableCell,
+    NetworkMemory,
     TableHead,
+    TableMemory,
     Tables,
     expected_kernel,
     finite_kernel,
@@ -23,11 +23,12 @@ from spg.kernels.finite import (
     start_distribution,
     tables,
 )
-from spg.kernels.heads import CategoricalHead, Head, NormalHead, TeamHead
-from spg.kernels.held import Held, HeldHead, Seed, SeedHead, certain_logits, held_kernel
+from spg.kernels.heads import CategoricalHead, FeatureHead, Head, NormalHead, TeamHead
+from spg.kernels.held import Held, HeldHead, HeldState, certain_logits, held_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear, LinearUnit
-from spg.kernels.networks import MLP, Identity, Normalizer
+from spg.kernels.networks import MLP, Flat, Identity, Normalizer
+from spg.kernels.seeds import Seed, SeedState, seed_start
 from spg.kernels.stack import Stack
 
 __all__ = [
@@ -38,16 +39,19 @@ __all__ = [
     "Cell",
     "Computed",
     "Critic",
+    "Drawn",
     "Empty",
     "ExpectedIState",
     "Feature",
     "FeatureHead",
-    "FilterCell",
-    "FiniteCell",
+    "FilterLocation",
+    "FiniteMemory",
+    "Flat",
     "Gated",
     "Head",
     "Held",
     "HeldHead",
+    "HeldState",
     "Identity",
     "Kernel",
     "LeakyFilter",
@@ -55,16 +59,16 @@ __all__ = [
     "LinearUnit",
     "Location",
     "MixtureHead",
-    "NetworkCell",
-    "Noisy",
+    "NetworkMemory",
+    "NormalAround",
     "NormalHead",
     "Normalizer",
     "PolicyConfig",
     "Seed",
-    "SeedHead",
+    "SeedState",
     "Stack",
-    "TableCell",
     "TableHead",
+    "TableMemory",
     "Tables",
     "TeamHead",
     "Window",
@@ -77,6 +81,7 @@ __all__ = [
     "noise_free",
     "random_controller",
     "random_successors",
+    "seed_start",
     "start_distribution",
     "tables",
 ]
