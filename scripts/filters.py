@@ -27,7 +27,7 @@ from spg.filters import decoding
 from spg.filters.belief import ForwardFilter, LinearFilter, exact_filter, forward_filter
 from spg.training import cli, options, records
 from spg.worlds.hmm import deterministic_part, hmm
-from spg.worlds.ringworld import swap_hmm
+from spg.worlds.markov import swap_hmm
 
 DECAYS = ("λ/log(1/ε)", "√ε", "ε²", "0", "1")
 FILTERS = (*(f"δ = {decay}" for decay in DECAYS), "belief")

@@ -8,7 +8,7 @@ import pytest
 
 from spg.filters.belief import exact_filter, forward_filter, leaky_filter, log_forward_filter
 from spg.worlds.hmm import HMM, deterministic_part, hmm
-from spg.worlds.ringworld import random_hmm
+from spg.worlds.markov import random_hmm
 
 pytestmark = pytest.mark.usefixtures("float64")
 

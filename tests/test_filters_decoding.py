@@ -4,7 +4,7 @@ from scipy.integrate import quad
 
 from spg.filters.decoding import constants
 from spg.worlds.hmm import HMM, hmm
-from spg.worlds.ringworld import random_hmm, swap_hmm
+from spg.worlds.markov import random_hmm, swap_hmm
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.01])

@@ -16,7 +16,7 @@ from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Identity
 from spg.rollout import reset, rollout
 from spg.worlds.hmm import hmm
-from spg.worlds.ringworld import ringworld, swap_hmm
+from spg.worlds.markov import ringworld, swap_hmm
 
 pytestmark = pytest.mark.usefixtures("float64")
 

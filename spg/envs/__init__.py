@@ -23,8 +23,8 @@ from spg.envs.memory import RepeatFirst, TMaze
 from spg.envs.tabular import Tabular, tabular_params
 from spg.types import Env
 from spg.worlds import WORLDS
+from spg.worlds.markov import ringworld
 from spg.worlds.models import Problem
-from spg.worlds.ringworld import ringworld
 
 __all__ = [
     "Adapter",

@@ -1,1 +1,41 @@
-"""Estimators see recorded transitions, never an environment."""
+"""From recorded steps to gradients and losses; an estimator never sees an environment.
+
+`gpomdp` is the module of the average reward, with its `step`, `segment` and `gradient`; the
+likelihoods that they take (`istate`, `exp_istate`, `responsibilities`) are importable from here.
+"""
+
+from spg.estimators import gpomdp
+from spg.estimators.bounds import Constants, bptt_variance_bound, s2pg_variance_bound
+from spg.estimators.gpomdp import exp_istate, exp_istate_by_observations, istate
+from spg.estimators.held import (
+    direct_estimate,
+    discounted_returns,
+    hold,
+    responsibilities,
+    window_returns,
+)
+from spg.estimators.returns import gae, returns_to_go
+from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
+from spg.estimators.surrogate import Surrogate, ppo_surrogate
+
+__all__ = [
+    "Constants",
+    "Surrogate",
+    "bptt_variance_bound",
+    "direct_estimate",
+    "discounted_returns",
+    "episodic_gpomdp",
+    "exp_istate",
+    "exp_istate_by_observations",
+    "gae",
+    "gpomdp",
+    "hold",
+    "istate",
+    "ppo_surrogate",
+    "reinforce",
+    "responsibilities",
+    "returns_to_go",
+    "s2pg_variance_bound",
+    "score_estimate",
+    "window_returns",
+]

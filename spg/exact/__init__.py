@@ -1,1 +1,62 @@
-"""Exact numbers of known models."""
+"""Exact numbers of known models: values, gradients, and ascents that use them.
+
+`ascent`, `conjugate`, `gamp` and `kstep` are modules; their entry points are importable from here.
+"""
+
+from spg.exact import conjugate
+from spg.exact.ascent import (
+    ascend,
+    gap_bound,
+    mirror_step,
+    projected_step,
+    rate_bound,
+    smoothness,
+    steps_needed,
+)
+from spg.exact.enumeration import (
+    DiscountedValues,
+    discounted_values,
+    enumerate_mean,
+    enumerate_return,
+    expected_return,
+    policy_gradient,
+    stationary_distribution,
+    trajectories,
+)
+from spg.exact.gamp import LongRun, gamp_gradient, long_run
+from spg.exact.kstep import (
+    KStepValues,
+    all_policies,
+    joint_policies,
+    kstep_values,
+    policy_returns,
+    product_weights,
+)
+
+__all__ = [
+    "DiscountedValues",
+    "KStepValues",
+    "LongRun",
+    "all_policies",
+    "ascend",
+    "conjugate",
+    "discounted_values",
+    "enumerate_mean",
+    "enumerate_return",
+    "expected_return",
+    "gamp_gradient",
+    "gap_bound",
+    "joint_policies",
+    "kstep_values",
+    "long_run",
+    "mirror_step",
+    "policy_gradient",
+    "policy_returns",
+    "product_weights",
+    "projected_step",
+    "rate_bound",
+    "smoothness",
+    "stationary_distribution",
+    "steps_needed",
+    "trajectories",
+]

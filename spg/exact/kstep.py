@@ -8,7 +8,7 @@ transitions of D and R_D^k(s) = E Σ_{t<k} γ^t r_t,
 
     ν = (1 - γ^k) Σ_m γ^{km} Pr(s_{mk} = ·),    ∂J/∂w_D = E_{s~ν} Q(s, D) / (1 - γ^k)
 
-k = 1 with a product law w is the ordinary memoryless policy. `spg.ascent` climbs J.
+k = 1 with a product law w is the ordinary memoryless policy. `spg.exact.ascent` climbs J.
 """
 
 from itertools import product

@@ -1,1 +1,87 @@
-"""The parts of a stateful policy π(a, z' | o, z)."""
+"""The parts of a stateful policy π(a, z' | o, z): kernel, cells, heads, critics.
+
+Every part is importable from here; `make_kernel` puts them together from a `PolicyConfig`.
+"""
+
+from spg.kernels.cells import GRU, Cell, Computed, Drawn, Empty, Location, NormalAround, Window
+from spg.kernels.critics import Critic
+from spg.kernels.factory import PolicyConfig, make_kernel
+from spg.kernels.filtered import Feature, FilterLocation, filter_cell
+from spg.kernels.finite import (
+    ExpectedIState,
+    FiniteMemory,
+    MixtureHead,
+    NetworkMemory,
+    TableHead,
+    TableMemory,
+    Tables,
+    expected_kernel,
+    finite_kernel,
+    noise_free,
+    random_controller,
+    random_successors,
+    start_distribution,
+    tables,
+)
+from spg.kernels.heads import CategoricalHead, FeatureHead, Head, NormalHead, TeamHead
+from spg.kernels.held import Held, HeldHead, HeldState, certain_logits, held_kernel
+from spg.kernels.kernel import Kernel
+from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear, LinearUnit
+from spg.kernels.networks import MLP, Flat, Identity, Normalizer
+from spg.kernels.seeds import Seed, SeedState, seed_start
+from spg.kernels.stack import Stack
+
+__all__ = [
+    "GRU",
+    "LRU",
+    "MLP",
+    "CategoricalHead",
+    "Cell",
+    "Computed",
+    "Critic",
+    "Drawn",
+    "Empty",
+    "ExpectedIState",
+    "Feature",
+    "FeatureHead",
+    "FilterLocation",
+    "FiniteMemory",
+    "Flat",
+    "Gated",
+    "Head",
+    "Held",
+    "HeldHead",
+    "HeldState",
+    "Identity",
+    "Kernel",
+    "LeakyFilter",
+    "Linear",
+    "LinearUnit",
+    "Location",
+    "MixtureHead",
+    "NetworkMemory",
+    "NormalAround",
+    "NormalHead",
+    "Normalizer",
+    "PolicyConfig",
+    "Seed",
+    "SeedState",
+    "Stack",
+    "TableHead",
+    "TableMemory",
+    "Tables",
+    "TeamHead",
+    "Window",
+    "certain_logits",
+    "expected_kernel",
+    "filter_cell",
+    "finite_kernel",
+    "held_kernel",
+    "make_kernel",
+    "noise_free",
+    "random_controller",
+    "random_successors",
+    "seed_start",
+    "start_distribution",
+    "tables",
+]

@@ -2,22 +2,59 @@
 
 from collections.abc import Callable
 
-from spg.worlds.models import DensePOMDP, Problem, SparsePOMDP, aggregate, dense, sparse
-from spg.worlds.pomdp_file import read_pomdp
-from spg.worlds.problems import PROBLEMS
-from spg.worlds.ringworld import ringworld
-from spg.worlds.traps import TRAPS
+from spg.worlds.hmm import HMM, deterministic_part
+from spg.worlds.markov import random_hmm, ringworld, swap_hmm
+from spg.worlds.models import (
+    POMDP,
+    DensePOMDP,
+    Problem,
+    SparsePOMDP,
+    aggregate,
+    dense,
+    sparse,
+    sparse_pomdp,
+)
+from spg.worlds.pomdp_file import POMDPFileError, parse_pomdp, read_pomdp
+from spg.worlds.problems import (
+    PROBLEMS,
+    factory,
+    heaven_hell,
+    load_unload,
+    pentagon,
+    random_pomdp,
+    tiger,
+)
+from spg.worlds.traps import TRAPS, cartpole, chain, matching, random_aggregated, two_states
 
 __all__ = [
+    "HMM",
+    "POMDP",
     "WORLDS",
     "DensePOMDP",
+    "POMDPFileError",
     "Problem",
     "SparsePOMDP",
     "aggregate",
+    "cartpole",
+    "chain",
     "dense",
+    "deterministic_part",
+    "factory",
+    "heaven_hell",
+    "load_unload",
+    "matching",
+    "parse_pomdp",
+    "pentagon",
+    "random_aggregated",
+    "random_hmm",
+    "random_pomdp",
     "read_pomdp",
     "ringworld",
     "sparse",
+    "sparse_pomdp",
+    "swap_hmm",
+    "tiger",
+    "two_states",
 ]
 
 WORLDS: dict[str, Callable[..., Problem]] = {**PROBLEMS, **TRAPS, "ringworld": ringworld}

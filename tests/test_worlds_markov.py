@@ -7,7 +7,7 @@ from jax import lax
 
 from spg import envs
 from spg.worlds.hmm import deterministic_part, hmm
-from spg.worlds.ringworld import random_hmm, ringworld, swap_hmm
+from spg.worlds.markov import random_hmm, ringworld, swap_hmm
 
 
 def test_swap_hmm_is_that_of_the_paper():
