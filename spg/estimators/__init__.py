@@ -16,14 +16,17 @@ from spg.estimators.held import (
 )
 from spg.estimators.returns import gae, returns_to_go
 from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
-from spg.estimators.surrogate import Surrogate, ppo_surrogate
+from spg.estimators.statistics import joint_kl, observe, observe_critic, start_statistics
+from spg.estimators.surrogate import Divergence, Surrogate, divergence, ppo_surrogate
 
 __all__ = [
     "Constants",
+    "Divergence",
     "Surrogate",
     "bptt_variance_bound",
     "direct_estimate",
     "discounted_returns",
+    "divergence",
     "episodic_gpomdp",
     "exp_istate",
     "exp_istate_by_observations",
@@ -31,11 +34,15 @@ __all__ = [
     "gpomdp",
     "hold",
     "istate",
+    "joint_kl",
+    "observe",
+    "observe_critic",
     "ppo_surrogate",
     "reinforce",
     "responsibilities",
     "returns_to_go",
     "s2pg_variance_bound",
     "score_estimate",
+    "start_statistics",
     "window_returns",
 ]
