@@ -45,8 +45,9 @@ def returns(config: Config, run: spg.Run) -> spg.Evaluation:
         )  # fmt: skip
         return jax.vmap(one)(kernels, jr.split(key, len(run.seeds)))
 
+    scale = config.steps if endless else 1
     found = play(run.kernels, jr.key(config.seed))
-    return spg.Evaluation(*(np.asarray(x) / (config.steps if endless else 1) for x in found))
+    return jax.device_get(jax.tree.map(lambda x: x / scale, found))
 
 
 def table(run: spg.Run, found: spg.Evaluation, episodes: int) -> str:

@@ -43,7 +43,7 @@ def leave(out: Path, config, kernels: spg.Kernel) -> None:
 
 
 def several(make, num: int = 2) -> spg.Kernel:
-    """Kernels of this make, one a seed, their arrays filled at random without compiling anything."""
+    """Kernels of this make, one a seed, arrays filled at random and nothing compiled."""
     rng = np.random.default_rng(0)
     fill = lambda x: jnp.asarray(rng.integers(9, size=(num, *x.shape)), x.dtype)
     return jax.tree.map(fill, jax.eval_shape(make, jr.key(0)))
@@ -104,9 +104,7 @@ def test_arrays_are_found_by_their_paths_and_not_by_their_order(ring, tmp_path):
     leave(tmp_path, Config(), kernels)
     with np.load(tmp_path / "kernels.npz") as file:
         saved = dict(file)
-    np.testing.assert_array_equal(
-        saved["cell.location.gru.weight_hh"], kernels.cell.location.gru.weight_hh
-    )
+    np.testing.assert_array_equal(saved["normalizer.mean"], kernels.normalizer.mean)
     np.savez(tmp_path / "kernels.npz", **dict(reversed(saved.items())))
     assert_equal(spg.load(tmp_path).kernels, kernels)
 

@@ -49,7 +49,8 @@ def _cart_pole(axes: Axes, s: Any, params: Any) -> Callable[[int], None]:
     axes.set(xlim=(-limit - 0.3, limit + 0.3), ylim=(-0.5, length + 0.5))
     axes.axhline(0, color="gray", linewidth=1, zorder=0)
     axes.vlines([-limit, limit], -0.15, 0.15, color="C3")
-    cart = axes.add_patch(Rectangle((0, 0), 0.6, 0.3, color="C0"))
+    cart = Rectangle((0, 0), 0.6, 0.3, color="C0")
+    axes.add_patch(cart)
     (pole,) = axes.plot([], [], color="C1", linewidth=5, solid_capstyle="round")
 
     def move(t: int) -> None:
@@ -99,7 +100,8 @@ def _mountain_car(axes: Axes, s: Any, params: Any) -> Callable[[int], None]:
     goal = float(params.goal_position)
     axes.set(xlim=(x[0] - 0.1, x[-1] + 0.1), ylim=(-0.6, 0.75))
     axes.plot(x, height(x), color="gray")
-    axes.plot([goal, goal], [height(goal), height(goal) + 0.2], color="C2", marker="^", markevery=[1])
+    axes.vlines([goal], height(goal), height(goal) + 0.2, color="C2")
+    axes.plot([goal], [height(goal) + 0.2], "^", color="C2")
     (car,) = axes.plot([], [], "o", color="C0", markersize=12)
     return lambda t: car.set_data([s.position[t]], [height(s.position[t]) + 0.05])
 
@@ -112,7 +114,8 @@ def _points(position: str, goal: str, hazards: str = "") -> Callable:
         near = np.asarray(vars(s)[hazards]) if hazards else np.zeros((len(x), 0, 2))
         half = 1.1 * np.abs(np.concatenate([x, target, near.reshape(-1, 2)])).max()
         axes.set(xlim=(-half, half), ylim=(-half, half))
-        disc = axes.add_patch(Circle((0, 0), 0.05 * half, color="C2", alpha=0.6))
+        disc = Circle((0, 0), 0.05 * half, color="C2", alpha=0.6)
+        axes.add_patch(disc)
         (keep_off,) = axes.plot([], [], "x", color="C3")
         (way,) = axes.plot([], [], color="C0", linewidth=1)
         (point,) = axes.plot([], [], "o", color="C0")
@@ -120,7 +123,7 @@ def _points(position: str, goal: str, hazards: str = "") -> Callable:
 
         def move(t: int) -> None:
             since = opens[opens <= t].max(initial=0)
-            disc.center = tuple(target[t])
+            disc.set_center((target[t, 0], target[t, 1]))
             keep_off.set_data(near[t, :, 0], near[t, :, 1])
             way.set_data(x[since : t + 1, 0], x[since : t + 1, 1])
             point.set_data(x[t, :1], x[t, 1:])

@@ -86,24 +86,22 @@ def _panels(own: Any, states: PyTree, steps: Any) -> list[Panel]:
 
     seen, actions = [Panel("observation", _columns(policy_view(steps.obs)))], ()
     if isinstance(own, Tabular):
-        states_names, obs_names = (), ()
+        names: tuple[tuple[str, ...], ...] = ((), ())
         if own.problem is not None:
-            states_names, obs_names, actions = (
-                own.problem.states, own.problem.observations, own.problem.actions
-            )
-        seen = [Panel("state", states.state, states_names), Panel("observation", states.obs, obs_names)]
+            names, actions = (own.problem.states, own.problem.observations), own.problem.actions
+        seen = [Panel("state", states.state, names[0]), Panel("observation", states.obs, names[1])]
     action = Panel("action", _columns(steps.action), actions)
     return [*seen, Panel("z'", _columns(steps.z_next)), action]
 
 
 def _columns(tree: PyTree) -> np.ndarray:
     """Integers `[T]` as they are, everything else side by side, `[T, D]`."""
-    leaves = [np.asarray(x) for x in jax.tree.leaves(tree)]
+    leaves: list[Any] = [np.asarray(x) for x in jax.tree.leaves(tree)]
     if len(leaves) == 1 and leaves[0].ndim == 1 and np.issubdtype(leaves[0].dtype, np.integer):
         return leaves[0]
     flat = [x.reshape(len(x), -1) for x in leaves]
     parts = [part for x in flat for part in ((x.real, x.imag) if np.iscomplexobj(x) else (x,))]
-    return np.concatenate([x.astype(float) for x in parts], 1)
+    return np.concatenate([np.empty((len(parts[0]) if parts else 0, 0)), *parts], 1)
 
 
 def _draw(path: Path, panels: list[Panel], steps: Any, *, title: str) -> None:

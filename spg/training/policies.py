@@ -47,7 +47,8 @@ def save(out: Path, kernels: PyTree) -> None:
     """Write the kernels of all seeds, `kernels.npz`, whole or not at all."""
     partial = out / "kernels.npz.partial"
     with partial.open("wb") as file:
-        np.savez(file, **{k: np.asarray(x) for k, x in _named(kernels).items()})
+        arrays: dict[str, Any] = {k: np.asarray(x) for k, x in _named(kernels).items()}
+        np.savez(file, **arrays)
     os.replace(partial, out / "kernels.npz")
 
 
