@@ -38,7 +38,7 @@ from spg.exact.gamp import (
 from spg.kernels.finite import noise_free
 from spg.kernels.kernel import Kernel
 from spg.rollout import Evaluation
-from spg.training import cli, loop, metrics, options
+from spg.training import cli, controllers, graphs, loop, metrics, options
 from spg.training.loop import Report, State
 from spg.worlds.models import Problem
 
@@ -84,7 +84,7 @@ def adam(config: Config) -> optax.GradientTransformation:
 
 
 def init(config: Config, problem: Problem, key: PRNGKeyArray) -> State:
-    kernel = cli.make_controller(config, problem, key=key)
+    kernel = controllers.make(config, problem, key=key)
     params = eqx.filter(kernel, eqx.is_inexact_array)
     start = conjugate.init if config.optimiser == "conjugate" else adam(config).init
     return State(Learned(kernel, start(params)), (), key)
@@ -137,7 +137,7 @@ def evaluate(problem: Problem, state: State, key: PRNGKeyArray) -> Evaluation:
 
 def export(problem: Problem, learned: Learned, out: Path) -> None:
     """Save and draw the best controller, and say so where a gradient is not to be trusted."""
-    cli.save_controller(learned.kernel, problem, out)
+    graphs.save_best(learned.kernel, problem, out)
     converged = metrics.read_metrics(out)["converged"]
     if failed := int((converged == 0).sum()):
         print(

@@ -31,7 +31,7 @@ from spg.exact import conjugate
 from spg.kernels.finite import expected_kernel
 from spg.kernels.kernel import Kernel
 from spg.rollout import Carry, Evaluation, evaluation, reset, rollout
-from spg.training import cli, loop, options
+from spg.training import cli, controllers, loop, options
 from spg.training.loop import Report, State
 from spg.types import Env, Transition, critic_view
 from spg.worlds.models import Problem
@@ -107,7 +107,7 @@ def num_places(config: Config, problem: Problem) -> int:
 
 def init(config: Config, problem: Problem, env: Env, key: PRNGKeyArray) -> State:
     kernel_key, reset_key, key = jr.split(key, 3)
-    kernel = cli.make_controller(config, problem, key=kernel_key)
+    kernel = controllers.make(config, problem, key=kernel_key)
     params = eqx.filter(kernel, eqx.is_inexact_array)
     start = conjugate.init if config.optimiser == "conjugate" else adam(config).init
     table = jnp.zeros((config.num_z, num_places(config, problem)))
@@ -185,9 +185,8 @@ def step(config: Config, problem: Problem, env: Env, state: State) -> tuple[Stat
 
 def evaluate(config: Config, env: Env, state: State, key: PRNGKeyArray) -> Evaluation:
     """Average reward of fresh episodes of the policy that acts."""
-    env = env._replace(params=env.params.replace(max_steps_in_episode=config.eval_steps))
-    kernel = acting(config, state.learned.kernel)
-    returns = evaluation(kernel, env, num_episodes=config.eval_episodes, key=key)
+    kernel, num = acting(config, state.learned.kernel), config.eval_episodes
+    returns = evaluation(kernel, env, num_episodes=num, max_steps=config.eval_steps, key=key)
     return Evaluation(*(x / config.eval_steps for x in returns))
 
 

@@ -14,8 +14,19 @@ from spg.estimators import (
     score_estimate,
 )
 from spg.kernels import Kernel, PolicyConfig, finite_kernel, make_kernel, random_controller
-from spg.rollout import Carry, Episodes, evaluate, evaluation, reset, rollout
+from spg.rollout import (
+    Carry,
+    Episodes,
+    Evaluation,
+    episode_returns,
+    evaluate,
+    evaluation,
+    reset,
+    rollout,
+    watch,
+)
 from spg.scans import linear_scan, split_segments
+from spg.training.policies import Run, load
 from spg.types import Env, LogProb, Observation, Spec, Transition
 
 __version__ = "0.2.0"
@@ -24,19 +35,23 @@ __all__ = [
     "Carry",
     "Env",
     "Episodes",
+    "Evaluation",
     "Kernel",
     "LogProb",
     "Observation",
     "PolicyConfig",
+    "Run",
     "Spec",
     "Transition",
     "__version__",
+    "episode_returns",
     "episodic_gpomdp",
     "evaluate",
     "evaluation",
     "finite_kernel",
     "gae",
     "linear_scan",
+    "load",
     "make_kernel",
     "ppo_surrogate",
     "random_controller",
@@ -46,4 +61,5 @@ __all__ = [
     "rollout",
     "score_estimate",
     "split_segments",
+    "watch",
 ]

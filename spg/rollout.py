@@ -88,8 +88,8 @@ def evaluate(
 ) -> Float[Array, ""]:
     """Undiscounted return of one fresh episode, cut after `max_steps`.
 
-    With `noise` actions and internal states are sampled; without, both are the modes of
-    their distributions. `vmap` over keys for several episodes.
+    With `noise` actions and internal states are sampled; without, both are the modes of their
+    distributions. `vmap` over keys for several episodes.
     """
     reset_key, key = jr.split(key)
     start = reset(kernel, env, key=reset_key)
@@ -113,25 +113,62 @@ def evaluate(
     return carry.episode_return
 
 
-def watch(kernel: Kernel, env: Env, *, num_steps: int, key: PRNGKeyArray) -> PyTree:
-    """The environment's states `[num_steps, ...]` under the noise-free policy, after a reset."""
+def episode_returns(
+    kernel: Kernel,
+    env: Env,
+    *,
+    num_episodes: int,
+    max_steps: int | None = None,
+    key: PRNGKeyArray,
+) -> Evaluation:
+    """Returns `[N]` of N fresh episodes of the sampled policy, and of N of the noise-free one.
+
+    An episode is cut after `max_steps`; None stands for the clock of the environment. Raises
+    ValueError if there is no clock either.
+    """
+    if max_steps is None:
+        max_steps = env.params.max_steps_in_episode
+    if max_steps is None:
+        raise ValueError(
+            "this world goes on for ever, so its episodes have no return: say after how many steps "
+            "one is cut, by max_steps, or by max_steps_in_episode of the environment"
+        )
+    noise = jnp.arange(2 * num_episodes) < num_episodes
+    run = partial(evaluate, kernel, env, max_steps=max_steps)
+    keys = jr.split(key, 2 * num_episodes)
+    returns = jax.vmap(lambda noise, key: run(noise=noise, key=key))(noise, keys)
+    return Evaluation(*returns.reshape(2, num_episodes))
+
+
+def evaluation(
+    kernel: Kernel,
+    env: Env,
+    *,
+    num_episodes: int,
+    max_steps: int | None = None,
+    key: PRNGKeyArray,
+) -> Evaluation:
+    """Mean returns over fresh episodes, see `episode_returns`."""
+    returns = episode_returns(kernel, env, num_episodes=num_episodes, max_steps=max_steps, key=key)
+    return Evaluation(returns.sampled.mean(), returns.noise_free.mean())
+
+
+def watch(
+    kernel: Kernel, env: Env, *, num_steps: int, key: PRNGKeyArray
+) -> tuple[PyTree, Transition]:
+    """The noise-free policy from a reset on: the environment's states and the steps, `[T, ...]`."""
     reset_key, key = jr.split(key)
-    start = reset(kernel, env, key=reset_key)
+    carry = reset(kernel, env, key=reset_key)
 
     def step(carry, key):
         env_state, obs, z, first = carry
-        action, z_next = kernel.mode(obs, kernel.reset(first, z))
-        obs, next_state, _, terminated, truncated, _ = env.step(key, env_state, action)
-        return (next_state, obs, z_next, terminated | truncated), env_state
+        z = kernel.reset(first, z)
+        action, z_next = kernel.mode(obs, z)
+        next_obs, next_state, reward, terminated, truncated, info = env.step(key, env_state, action)
+        transition = Transition(
+            obs, z, action, z_next, reward, first,
+            terminated, truncated, info["final_observation"],
+        )  # fmt: skip
+        return (next_state, next_obs, z_next, terminated | truncated), (env_state, transition)
 
-    return lax.scan(step, start[:4], jr.split(key, num_steps))[1]
-
-
-def evaluation(kernel: Kernel, env: Env, *, num_episodes: int, key: PRNGKeyArray) -> Evaluation:
-    """Mean return over fresh episodes of the sampled policy and of the noise-free one."""
-    keys = jr.split(key, 2 * num_episodes)
-    noise = jnp.arange(2 * num_episodes) < num_episodes
-    max_steps = env.params.max_steps_in_episode
-    run = partial(evaluate, kernel, env, max_steps=max_steps)
-    returns = jax.vmap(lambda noise, key: run(noise=noise, key=key))(noise, keys)
-    return Evaluation(*returns.reshape(2, num_episodes).mean(1))
+    return lax.scan(step, carry[:4], jr.split(key, num_steps))[1]

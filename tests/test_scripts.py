@@ -13,8 +13,7 @@ import pytest
 from jax import lax
 
 from scripts import gamp, gpomdp, ppo, reinforce
-from spg.kernels.factory import make_kernel
-from spg.training import cli, loop, options
+from spg.training import loop, options
 from spg.training.records import open_run, read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -50,17 +49,6 @@ def test_ppo_runs_with_continuous_actions_and_a_privileged_critic(tmp_path):
 
 
 BRAX = {"env": "brax/inverted_pendulum", "env_params": {"max_steps_in_episode": 20}}
-
-
-def test_brax_policy_is_played_on_a_page():
-    config = replace(PPO, backend="positional", **BRAX)
-    env = options.make_env(config)
-    page = cli.film(make_kernel(config, env.spec, key=jr.key(0)), env, num_steps=3)
-    assert "<html>" in page
-    assert len(page) > 1_000  # the compressed states
-    config = replace(PPO, **CHAIN)
-    env = options.make_env(config)
-    assert cli.film(make_kernel(config, env.spec, key=jr.key(0)), env) is None
 
 
 @pytest.mark.slow

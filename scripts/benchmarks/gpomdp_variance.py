@@ -32,7 +32,7 @@ from spg.exact.gamp import gamp_gradient
 from spg.kernels.finite import expected_kernel
 from spg.kernels.kernel import Kernel
 from spg.rollout import reset, rollout
-from spg.training import cli, options, records
+from spg.training import cli, controllers, options, records
 from spg.types import Env, Transition, critic_view, policy_view
 from spg.worlds.models import Problem
 
@@ -141,7 +141,7 @@ def measure(config: Config, problem: Problem) -> list[Row]:
             some = []
             for i in range(config.num_controllers):
                 kernel_key, key = jr.split(jr.fold_in(jr.key(config.seed), i))
-                kernel = cli.make_controller(drawn, problem, key=kernel_key)
+                kernel = controllers.make(drawn, problem, key=kernel_key)
                 results, converged = run(kernel, beta, key)
                 if not converged:
                     raise records.RunError(f"controller {i}, std {std}: GAMP did not converge")

@@ -1,8 +1,11 @@
-"""Environments: Gymnax, Brax and our own memory tasks behind one `make`."""
+"""Environments: Gymnax, Brax, our own and yours, behind one `make`."""
 
 import dataclasses
 import difflib
+import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -47,8 +50,7 @@ def _episodes(make: Callable[..., Problem]) -> Callable[..., Environment]:
     num_steps = 100 if make is ringworld else 200
 
     def episodes(**keywords: Any) -> Environment:
-        problem = make(**keywords)
-        return Tabular(problem.pomdp, max_steps_in_episode=num_steps, slots=problem.slots)
+        return Tabular(make(**keywords), max_steps_in_episode=num_steps)
 
     setattr(episodes, "__signature__", inspect.signature(make))  # noqa: B010
     return episodes
@@ -60,8 +62,8 @@ _OWN: dict[str, Callable[..., Environment]] = {
     "RecallCards-memory": RecallCards,
     **{f"{name}-pomdp": _episodes(make) for name, make in WORLDS.items()},
 }
-# The fields of Gymnax states that are velocities; where they appear in the observation is found
-# out from the environment itself.
+# Gymnax's physics, and the fields of their states that are velocities. The environment itself is
+# asked where velocities appear in the observation.
 _VELOCITY_FIELDS = {
     "CartPole-v1": ("x_dot", "theta_dot"),
     "Pendulum-v1": ("theta_dot",),
@@ -74,7 +76,7 @@ _VELOCITY_FIELDS = {
 
 
 def make(
-    name: str,
+    env: str | Environment,
     *,
     observe: str = "all",
     previous_action: bool = False,
@@ -82,36 +84,54 @@ def make(
     backend: str | None = None,
     **params: Any,
 ) -> Env:
-    """Open an environment, with its parameters: Gymnax, `brax/<name>`, or one of our own.
+    """Open an environment, with its parameters.
 
-    `observe` is what the policy sees: "all" of the environment's own observation; its entries that
-    are "positions" or "velocities" alone; or the full "state", which is the own observation where
-    that holds the velocities too, and elsewhere is followed by every leaf of the hidden state.
-    `privileged` gives the critic the full state apart. `backend` is for Brax alone. The remaining
-    keywords are fields of the environment's parameters or of its constructor.
+    `env` is a name: of Gymnax, `brax/<name>`, or one of our own; `package.module:Class` for a
+    Gymnax environment of yours that can be imported from there or from the working directory; or
+    such an environment itself.
+
+    | `observe` | the policy sees |
+    | --- | --- |
+    | "all" | the environment's own observation |
+    | "positions", "velocities" | those entries of the own observation alone |
+    | "state" | enough to make the process Markov (but for the clock that truncates) |
+
+    The "state" of Gymnax's and Brax's physics is the own observation. Everywhere else every leaf of
+    the hidden state follows the own observation. `privileged` gives the critic the "state" apart.
+    `backend` is for Brax alone. The remaining keywords are fields of the environment's parameters
+    or of its constructor. Raises ValueError for what cannot be opened.
     """
     _check("field to observe", observe, OBSERVABLE)
-    env, env_params = _open(name, backend, params)
+    opened, env_params = _open(env, backend, params)
     if observe in ("positions", "velocities"):
-        velocity = _velocity_entries(env, env_params)
+        velocity = _velocity_entries(opened, env_params)
         if velocity is None or not velocity.any():
-            raise ValueError(f"{name!r} shows no velocities to hide; observe all or state instead")
+            raise ValueError(
+                f"{opened.name!r} shows no velocities to hide; observe all or state instead"
+            )
         view = partial(entries, np.flatnonzero(velocity == (observe == "velocities")))
     else:
-        view = own if observe == "all" else _full_view(env)
-    critic = _full_view(env) if privileged else None
+        view = own if observe == "all" else _state_view(opened)
+    critic = _state_view(opened) if privileged else None
     try:
-        env = Adapter(env, env_params, policy=view, critic=critic, previous_action=previous_action)
+        adapter = Adapter(
+            opened, env_params, policy=view, critic=critic, previous_action=previous_action
+        )
     except TypeError as error:  # brax/swimmer of Brax 0.14 on JAX 0.10, for one
         raise ValueError(
-            f"{name!r} does not run with the installed versions of JAX and its own package: {error}"
+            f"{opened.name!r} does not run with the installed versions of JAX and its own package: "
+            f"{error}"
         ) from error
-    return Env(env, env_params)
+    return Env(adapter, env_params)
 
 
-def _full_view(env: Environment) -> View:
-    has_velocities = env.name in _VELOCITY_FIELDS or isinstance(env, Brax)
-    return own if has_velocities else own_and_state
+def _state_view(env: Environment) -> View:
+    """What makes the process Markov. Gymnax's and Brax's physics show positions and velocities.
+
+    (Brax's spring and positional joints give way a little, which its observations do not show.)
+    """
+    physics = env.name in _VELOCITY_FIELDS or isinstance(env, Brax)
+    return own if physics else own_and_state
 
 
 def _velocity_entries(env: Environment, params: Any) -> np.ndarray | None:
@@ -132,29 +152,61 @@ def _velocity_entries(env: Environment, params: Any) -> np.ndarray | None:
     return np.asarray(observe(0.01) != observe(0.02))
 
 
-def _open(name: str, backend: str | None, keywords: dict[str, Any]) -> tuple[Environment, Any]:
+def _open(
+    named: str | Environment, backend: str | None, keywords: dict[str, Any]
+) -> tuple[Environment, Any]:
     """Construct, then set: a keyword is a field of the parameters or else of the constructor."""
     if backend is not None:
         _check("backend", backend, brax.BACKENDS)
-    if name in _OWN:
-        factory, arguments = _OWN[name], list(inspect.signature(_OWN[name]).parameters)
-    elif name in gymnax.registered_envs:
-        factory = lambda **kw: gymnax.make(name, **kw)[0]
-        arguments = None
+    if isinstance(named, Environment):
+        factory, arguments, named = lambda: named, [], named.name
+    elif named in _OWN:
+        factory, arguments = _OWN[named], list(inspect.signature(_OWN[named]).parameters)
+    elif named in gymnax.registered_envs:
+        factory, arguments = lambda **kw: gymnax.make(named, **kw)[0], None
+    elif ":" in named:
+        factory = _imported(named)
+        arguments = list(inspect.signature(factory).parameters)
     else:
         brax_names = [f"brax/{n}" for n in brax.names()]
-        _check("environment", name, [*_OWN, *gymnax.registered_envs, *brax_names])
-        short = name.removeprefix("brax/")
+        _check("environment", named, [*_OWN, *gymnax.registered_envs, *brax_names])
+        short = named.removeprefix("brax/")
         factory, arguments = partial(brax.load, short, backend), brax.arguments(short)
-    env: Any = factory()
+    try:
+        env: Any = factory()
+    except (OSError, EOFError) as error:  # MNISTBandit alone reads a file, which it downloads
+        raise ValueError(
+            f"{named!r} needs data that Gymnax downloads, and they did not come: {error}"
+        ) from error
     if arguments is None:
         arguments = list(inspect.signature(type(env)).parameters)
     fields = {f.name for f in dataclasses.fields(env.default_params)}
     for keyword in keywords:
-        _check(f"parameter of {name}", keyword, sorted(fields.union(arguments)))
+        _check(f"parameter of {named}", keyword, sorted(fields.union(arguments)))
     if not fields.issuperset(keywords):
         env = factory(**{k: v for k, v in keywords.items() if k not in fields})
     return env, env.default_params.replace(**{k: v for k, v in keywords.items() if k in fields})
+
+
+def _imported(place: str) -> type[Environment]:
+    """The class at `package.module:Class`."""
+    module, _, name = place.partition(":")
+    here = os.getcwd()
+    known = here in sys.path
+    try:
+        sys.path += [] if known else [here]
+        found = vars(importlib.import_module(module)).get(name)
+    except ImportError as error:
+        raise ValueError(f"{place!r} cannot be imported: {error}") from error
+    finally:
+        if not known:
+            sys.path.remove(here)
+    if not (inspect.isclass(found) and issubclass(found, Environment)):
+        raise ValueError(
+            f"{place!r} is not a Gymnax environment, a class that derives from "
+            "gymnax.environments.environment.Environment"
+        )
+    return found
 
 
 def _check(what: str, value: str, choices: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from gymnax.environments.environment import Environment
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from spg.types import Observation
-from spg.worlds.models import POMDP, DensePOMDP, SparsePOMDP, sparse
+from spg.worlds.models import POMDP, DensePOMDP, Problem, SparsePOMDP, sparse
 
 
 class TabularState(NamedTuple):
@@ -34,28 +34,30 @@ class TabularParams:
 
 
 class Tabular(Environment):
-    """The world of a model; the observation is an integer in 0..O-1, the action in 0..A-1.
+    """The world of a model; observations are integers in 0..O-1, actions in 0..A-1.
 
-    With `privileged` it is an `Observation`, whose critic sees the state.
+    With `privileged` an observation is an `Observation`, whose critic sees the state.
 
     Nothing terminates. With `max_steps_in_episode` an episode is truncated there and the next one
     opens; without it, the default, no reset is ever drawn. Models are parameters: `vmap` over
-    `tabular_params` of several of the same shape. `slots` are those of a `Problem` of several
-    agents, for policies in which each acts on what it sees.
+    `tabular_params` of several of the same shape. Of a `Problem` the environment also keeps the
+    names, for pictures, and the `slots`, for policies in which each of several agents acts on what
+    that agent sees.
     """
 
     def __init__(
         self,
-        pomdp: POMDP,
+        world: POMDP | Problem,
         *,
         privileged: bool = False,
         max_steps_in_episode: int | None = None,
-        slots: np.ndarray | None = None,
     ):
-        self.pomdp = pomdp
+        self.problem = world if isinstance(world, Problem) else None
+        self.slots = world.slots if isinstance(world, Problem) else None
+        self.pomdp: POMDP = world.pomdp if isinstance(world, Problem) else world
+        pomdp = self.pomdp
         self._params = tabular_params(pomdp, max_steps_in_episode=max_steps_in_episode)
         self._num_obs = pomdp.num_obs
-        self.slots = slots
         self._privileged = privileged
         self._num_actions = pomdp.num_actions
 

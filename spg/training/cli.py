@@ -8,66 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import equinox as eqx
 import jax
 import jax.random as jr
-import numpy as np
 import tyro
 from jaxtyping import PRNGKeyArray
 
-from spg.exact import gamp
 from spg.kernels.factory import make_kernel
-from spg.kernels.finite import random_controller
-from spg.kernels.kernel import Kernel
-from spg.rollout import evaluation, watch
-from spg.training import controllers, graphs, loop, options, records, summaries, terminal
+from spg.rollout import evaluation
+from spg.training import films, graphs, loop, options, records, summaries, terminal
 from spg.training.metrics import AVERAGE_REWARD
-from spg.training.options import ProblemConfig, RunConfig, check_positive
+from spg.training.options import RunConfig, check_positive
 from spg.types import Env
 from spg.worlds.models import Problem
-
-
-def make_controller(config: ProblemConfig, problem: Problem, *, key: PRNGKeyArray) -> Kernel:
-    """The controller that a training starts from."""
-    return random_controller(
-        config.num_z, problem.pomdp.num_obs, problem.pomdp.num_actions,
-        out_degree=config.out_degree, std=config.start_std, key=key,
-    )  # fmt: skip
-
-
-def save_controller(kernels: Kernel, problem: Problem, out: Path) -> None:
-    """Save the best of several controllers, `controller.npz`, and draw it where it is small.
-
-    The best by the average reward of the controller that draws I-states, from the model.
-    """
-    solve = eqx.filter_jit(lambda kernel: gamp.long_run(kernel, problem.pomdp))
-    num = kernels.z0.shape[0]
-    each = [jax.tree.map(lambda x: x[i], kernels) for i in range(num)]  # noqa: B023
-    solutions = [solve(kernel) for kernel in each]
-    rewards = [float(s.average_reward) if s.converged else -np.inf for s in solutions]
-    best = int(np.argmax(rewards))
-    controllers.save(out / "controller.npz", each[best], problem, solutions[best].stationary)
-    title = f"{problem.name}, average reward of this controller"
-    title = f"{title} {solutions[best].average_reward:.4g}"
-    graphs.draw(out / "controller.png", each[best], problem, solutions[best].stationary, title)
-
-
-def film(kernel: Kernel, env: Env, *, num_steps: int = 300) -> str | None:
-    """A page that plays the noise-free policy in Brax; None for other environments."""
-    from spg import envs
-
-    adapter = env.environment
-    if not isinstance(adapter, envs.Adapter) or not isinstance(adapter.inner, envs.Brax):
-        return None
-    play = jax.jit(lambda kernel, key: watch(kernel, env, num_steps=num_steps, key=key))
-    return envs.render(adapter.inner, play(kernel, jr.key(0)).env)
-
-
-def save_film(kernels: Kernel, env: Env, out: Path) -> None:
-    """Write `rollout.html` for the first of the kernels, where `film` has a page."""
-    page = film(jax.tree.map(lambda x: x[0], kernels), env)
-    if page is not None:
-        records.write(out / "rollout.html", page)
 
 
 def in_episodes(
@@ -95,7 +47,7 @@ def in_episodes(
         evaluate=lambda state, key: evaluation(
             kernel(state), env, num_episodes=config.eval_episodes, key=key
         ),
-        export=lambda learned, out: save_film(learned.kernel, env, out),
+        export=lambda learned, out: films.save_page(learned.kernel, env, out),
         **sizes,
     )
 
@@ -105,7 +57,7 @@ def of_controllers(problem: Problem, method: str, **parts: Any) -> loop.Algorith
     shared: dict[str, Any] = {
         "title": f"{method}: {problem.name}",
         "kernel": lambda state: state.learned.kernel,
-        "export": lambda learned, out: save_controller(learned.kernel, problem, out),
+        "export": lambda learned, out: graphs.save_best(learned.kernel, problem, out),
         "measure": AVERAGE_REWARD,
     }
     return loop.Algorithm(**shared | parts)

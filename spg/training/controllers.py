@@ -1,4 +1,4 @@
-"""Learned finite-state controllers: their file, and what they do in the long run."""
+"""Finite-state controllers: the start of a training, their file, what they do in the long run."""
 
 import zipfile
 from pathlib import Path
@@ -7,10 +7,11 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from spg.kernels.finite import Tables, finite_kernel, tables
+from spg.kernels.finite import Tables, finite_kernel, random_controller, tables
 from spg.kernels.kernel import Kernel
+from spg.training.options import ProblemConfig
 from spg.worlds.models import POMDP, Problem
 
 Stationary = Float[Array, "S G"] | Float[np.ndarray, "S G"]  # d(s, g), stationary
@@ -28,6 +29,14 @@ class Edge(NamedTuple):
     mu: Float[np.ndarray, "N A"]  # μ(a | h, o)
 
 
+def make(config: ProblemConfig, problem: Problem, *, key: PRNGKeyArray) -> Kernel:
+    """The controller that a training starts from."""
+    return random_controller(
+        config.num_z, problem.pomdp.num_obs, problem.pomdp.num_actions,
+        out_degree=config.out_degree, std=config.start_std, key=key,
+    )  # fmt: skip
+
+
 def save(path: Path, kernel: Kernel, problem: Problem, stationary: Stationary) -> None:
     """Write a controller, `controller.npz`: its `Tables`, `visits`, z0 and the problem's names."""
     np.savez_compressed(
@@ -42,7 +51,7 @@ def save(path: Path, kernel: Kernel, problem: Problem, stationary: Stationary) -
 
 
 def load(path: Path) -> Kernel:
-    """The controller that `save` wrote, as a table kernel of the same laws.
+    """The controller that `save` wrote, as a table kernel of the same distributions.
 
     A probability of 0 becomes a logit of -745: its exponential vanishes, gradients stay finite.
     Raises ValueError if the file holds something else.
@@ -50,10 +59,12 @@ def load(path: Path) -> Kernel:
     try:
         with np.load(path) as file:
             omega, successors, mu, z0 = (file[k] for k in (*Tables._fields, "z0"))
-        laws = all(np.allclose(x.sum(2), 1, atol=1e-4) and np.all(x >= 0) for x in (omega, mu))
+        distributions = all(
+            np.allclose(x.sum(2), 1, atol=1e-4) and np.all(x >= 0) for x in (omega, mu)
+        )
         known = all(np.all((x >= 0) & (x < omega.shape[1])) for x in (successors, z0))
         shapes = omega.shape, omega.shape[:2], ()
-        if not laws or not known or (successors.shape, mu.shape[:2], z0.shape) != shapes:
+        if not distributions or not known or (successors.shape, mu.shape[:2], z0.shape) != shapes:
             raise ValueError("not the tables of a controller")
     except (zipfile.BadZipFile, EOFError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold a finite-state controller") from error

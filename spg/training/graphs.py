@@ -3,6 +3,8 @@
 import textwrap
 from pathlib import Path
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -11,13 +13,31 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch
 from matplotlib.path import Path as Curve
 
+from spg.exact import gamp
 from spg.kernels.finite import tables
 from spg.kernels.kernel import Kernel
+from spg.training import controllers
 from spg.training.controllers import Edge, Stationary, edges, visits
 from spg.worlds.models import Problem
 
 MOST_NODES, LEAST_SHARE, RADIUS = 24, 1e-3, 0.3  # of a picture; radius in inches
 CAPTION = "observation, Pr(this edge | it): action, Pr(action); from .95 on without number"
+
+
+def save_best(kernels: Kernel, problem: Problem, out: Path) -> None:
+    """Save the best of several controllers, `controller.npz`, and draw that one, `controller.png`.
+
+    The best has the largest average reward, computed from the model.
+    """
+    solve = eqx.filter_jit(lambda kernel: gamp.long_run(kernel, problem.pomdp))
+    each = [jax.tree.map(lambda x: x[i], kernels) for i in range(len(kernels.z0))]  # noqa: B023
+    solutions = [solve(kernel) for kernel in each]
+    rewards = [float(s.average_reward) if s.converged else -np.inf for s in solutions]
+    best = int(np.argmax(rewards))
+    controllers.save(out / "controller.npz", each[best], problem, solutions[best].stationary)
+    reward = float(solutions[best].average_reward)
+    title = f"{problem.name}, average reward of this controller {reward:.4g}"
+    draw(out / "controller.png", each[best], problem, solutions[best].stationary, title)
 
 
 def draw(path: Path, kernel: Kernel, problem: Problem, stationary: Stationary, title: str) -> None:

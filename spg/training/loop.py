@@ -3,7 +3,7 @@
 An algorithm is `init(key) -> State` and `step(state) -> (State, Report)`, pure, with all its
 randomness in the state. `run` vmaps it over seeds, shards these over devices, compiles a chunk of
 updates once, and keeps a run directory: `config.json`, `metrics.csv`, `summary.json`,
-`curve.png`, `checkpoints/`, TensorBoard events, and what else the algorithm exports.
+`curve.png`, `checkpoints/`, `kernels.npz`, TensorBoard events, and what else the algorithm exports.
 """
 
 import sys
@@ -24,7 +24,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from spg.kernels.kernel import Kernel
 from spg.rollout import Evaluation
-from spg.training import records, summaries
+from spg.training import policies, records, summaries
 from spg.training.checkpoints import Checkpoints
 from spg.training.events import Events
 from spg.training.metrics import EMPTY, RETURN, Mark, Measure, Table
@@ -169,6 +169,7 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
                 progress.say(f"diverged: {_named(numbers[new], diverged[new])}; {ADVICE}")
             if end in at_checkpoints:
                 checkpoints.save(end, Snapshot.of(seeds, clock, table.mark))
+                policies.save(out, jax.vmap(algorithm.kernel)(seeds.state))
             score = means.get(algorithm.measure.name)
             note = "" if score is None else f"{algorithm.measure.label} {score:.4g}"
             progress.advance((end - begin) * work, note)

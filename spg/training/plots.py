@@ -1,33 +1,35 @@
-"""Learning curves with the interquartile mean over seeds and its bootstrap interval."""
+"""Learning curves and final returns: interquartile means over seeds, bootstrap intervals."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy import stats
 
+MOST_CURVES = 8  # that one picture can show on one another
 
-def iqm(x: Float[np.ndarray, "seeds *points"]) -> Float[np.ndarray, "*points"]:
+
+def iqm(x: Float[np.ndarray, "seeds *points"], axis: int = 0) -> Float[np.ndarray, "*points"]:
     """Interquartile mean over the first axis, Agarwal et al. (2021)."""
-    return np.asarray(stats.trim_mean(x, 0.25, axis=0))
+    return np.asarray(stats.trim_mean(x, 0.25, axis=axis))
 
 
 def interval(
-    x: Float[np.ndarray, "seeds *points"], level: float = 0.95
+    x: Float[np.ndarray, "seeds *points"], level: float = 0.95, statistic: Callable[..., Any] = iqm
 ) -> tuple[Float[np.ndarray, "*points"], Float[np.ndarray, "*points"]]:
-    """Percentile bootstrap interval of the interquartile mean, over seeds; a point for one seed."""
+    """Percentile bootstrap interval of a statistic over the first axis; a point for one seed."""
     if x.shape[0] == 1:
         return np.asarray(x[0]), np.asarray(x[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a degenerate sample, where the interval is a point
         result = stats.bootstrap(
             (x,),
-            lambda x, axis: stats.trim_mean(x, 0.25, axis=axis),
+            statistic,
             axis=0,
             confidence_level=level,
             n_resamples=1000,
@@ -53,23 +55,50 @@ class Curve(NamedTuple):
     measure: str = "return"
 
 
+class Final(NamedTuple):
+    """What one method reaches at last: over the seeds, and of its noise-free policy."""
+
+    label: str
+    iqm: float
+    low: float  # of the 95 % interval
+    high: float
+    noise_free: float
+
+
 def learning_curve(path: Path, curves: list[Curve], *, title: str) -> None:
     """Draw curves, one colour each: the sampled policy solid, the noise-free one dashed.
 
     Lines are interquartile means over seeds, bands 95 % bootstrap intervals of the sampled policy.
+    More than eight methods are drawn by `final_returns` instead, each by the last tenth of its
+    curve.
     """
-    many = len(curves) > 10
-    figure = Figure(figsize=(8.0, 6.0) if many else (6.4, 4.0), layout="constrained")
+    num_seeds = len(curves[0].returns)
+    seeds = f"IQM and 95 % interval of {num_seeds} seeds" if num_seeds > 1 else "one seed"
+    if len(curves) > MOST_CURVES:
+        last = [c.returns[:, -max(1, len(c.steps) // 10) :].mean(1) for c in curves]
+        finals = [
+            Final(curve.label, float(iqm(x)), *map(float, interval(x)), noise_free=free)
+            for curve, x in zip(curves, last, strict=True)
+            for free in [float(iqm(curve.noise_free[:, -1]))]
+        ]
+        return final_returns(
+            path, finals, measure=f"final {curves[0].measure}, {seeds}", title=title
+        )
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     for i, curve in enumerate(curves):
-        color = colormaps["tab20"](i) if many else f"C{i}"
         low, high = interval(curve.returns)
-        axes.plot(curve.steps, iqm(curve.returns), color=color, label=curve.label)
-        axes.fill_between(curve.steps, low, high, color=color, alpha=0.2, linewidth=0)
-        axes.plot(curve.eval_steps, iqm(curve.noise_free), "--", color=color, linewidth=1)
-    axes.plot([], [], "--", color="gray", linewidth=1, label="noise-free policy")
-    num_seeds = len(curves[0].noise_free)
-    seeds = f"IQM and 95 % interval of {num_seeds} seeds" if num_seeds > 1 else "one seed"
+        how: dict[str, Any] = {"color": f"C{i}", "markersize": 5}
+        dot = "o" if len(curve.steps) == 1 else ""  # a line of one point would not be seen
+        axes.plot(curve.steps, iqm(curve.returns), f"{dot}-", label=curve.label, **how)
+        axes.fill_between(curve.steps, low, high, color=f"C{i}", alpha=0.2, linewidth=len(dot))
+        free = iqm(curve.noise_free)
+        axes.plot(curve.eval_steps, free, f"{dot}--", linewidth=1, markerfacecolor="none", **how)
+    dot = "o" if all(len(curve.steps) == 1 for curve in curves) else ""
+    axes.plot(
+        [], [], f"{dot}--", color="gray", linewidth=1, markerfacecolor="none",
+        label="noise-free policy",
+    )  # fmt: skip
     axes.set(
         xlabel=f"{curves[0].unit} per seed", ylabel=f"{curves[0].measure}\n{seeds}", title=title
     )
@@ -77,6 +106,23 @@ def learning_curve(path: Path, curves: list[Curve], *, title: str) -> None:
     axes.grid(alpha=0.3)
     ncols = 4 if max(len(curve.label) for curve in curves) <= 16 else 3
     figure.legend(loc="outside lower center", ncols=ncols, fontsize="small", frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def final_returns(path: Path, finals: list[Final], *, measure: str, title: str) -> None:
+    """Draw what each of many methods reaches, the best on top: a point with its interval."""
+    order = sorted(finals, key=lambda final: final.iqm)
+    figure = Figure(figsize=(6.4, 1.2 + 0.24 * len(order)), layout="constrained")
+    axes = figure.subplots()
+    for i, final in enumerate(order):
+        axes.plot([final.low, final.high], [i, i], color="C0", linewidth=2, alpha=0.5)
+    axes.plot([f.iqm for f in order], range(len(order)), "o", color="C0", label="sampled policy")
+    noise_free = [f.noise_free for f in order]
+    axes.plot(noise_free, range(len(order)), "|", color="C1", label="noise-free policy")
+    axes.set_yticks(range(len(order)), [final.label for final in order])
+    axes.set(xlabel=measure, title=title)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)
 
 

@@ -1,0 +1,131 @@
+"""The policies of a run: saved while a training goes on, opened again by `spg.load`.
+
+A run keeps the kernels of all seeds in `kernels.npz`, each array under its path in the kernel, as
+`cell.location.gru.weight_ih`. The configuration, `config.json`, tells which kernel these arrays
+belong to and which environment. So the script and the optimiser are not needed.
+"""
+
+import dataclasses
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import PyTree
+
+from spg.kernels.factory import PolicyConfig, make_kernel
+from spg.kernels.finite import expected_kernel
+from spg.kernels.kernel import Kernel
+from spg.training import controllers, options
+from spg.types import Env
+
+
+class Run(NamedTuple):
+    """A run, opened again."""
+
+    config: dict[str, Any]  # what `config.json` holds
+    env: Env
+    kernels: Kernel  # of all seeds: each array has a leading axis
+
+    @property
+    def seeds(self) -> list[int]:
+        return [self.config["seed"] + i for i in range(self.config["num_seeds"])]
+
+    def kernel(self, index: int) -> Kernel:
+        """The kernel of one of the seeds, counted from 0."""
+        return jax.tree.map(lambda x: x[index], self.kernels)
+
+
+def save(out: Path, kernels: PyTree) -> None:
+    """Write the kernels of all seeds, `kernels.npz`, whole or not at all."""
+    partial = out / "kernels.npz.partial"
+    with partial.open("wb") as file:
+        arrays: dict[str, Any] = {k: np.asarray(x) for k, x in _named(kernels).items()}
+        np.savez(file, **arrays)
+    os.replace(partial, out / "kernels.npz")
+
+
+def load(run: str | Path, *, make: Callable[..., Kernel] = make_kernel) -> Run:
+    """Open the directory of a run of one of the scripts: its configuration, environment, kernels.
+
+    `make(config, spec, key=key)` is for a run whose script made a kernel of its own in this way; no
+    more than the shapes of that kernel are used. Raises ValueError if there is no run, or if its
+    files are damaged or of another version of the code.
+    """
+    run = Path(run)
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{run} holds no run: there is no config.json")
+    if not (run / "kernels.npz").is_file():
+        raise ValueError(f"{run} holds no policies: there is no kernels.npz")
+    try:
+        config = json.loads((run / "config.json").read_text())
+        env, shapes = _open(config, make)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{run / 'config.json'} is damaged: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{run / 'config.json'} is of another version of the code, or of a script without "
+            f"policies: {error}"
+        ) from error
+    return Run(config, env, _read(run / "kernels.npz", shapes, config["num_seeds"]))
+
+
+C = TypeVar("C")
+
+
+def _open(config: dict[str, Any], make: Callable[..., Kernel]) -> tuple[Env, PyTree]:
+    """The environment, and the shapes of a kernel, that a configuration stands for."""
+    if "problem" in config:
+        from spg.envs import Tabular  # here: importing gymnax starts JAX's backend
+
+        start = _part(options.ProblemConfig, config)
+        problem = options.open_problem(start)
+        world = Tabular(problem)
+
+        def kernel(key):
+            kernel = controllers.make(start, problem, key=key)
+            by_observations = config.get("estimator") == "exp-observations"
+            return expected_kernel(kernel) if by_observations else kernel
+
+        return Env(world, world.default_params), jax.eval_shape(kernel, jr.key(0))
+    policy = _part(PolicyConfig, config)
+    env = options.make_env(_part(options.EnvConfig, config), oracle=policy.memory == "oracle")
+    return env, jax.eval_shape(lambda key: make(policy, env.spec, key=key), jr.key(0))
+
+
+def _part(kind: type[C], config: dict[str, Any]) -> C:
+    """The fields that `kind` has. JSON has no tuples."""
+    values = {f.name: config[f.name] for f in dataclasses.fields(kind)}  # pyright: ignore
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _read(path: Path, shapes: PyTree, num_seeds: int) -> Kernel:
+    try:
+        with np.load(path) as file:
+            found = {name: file[name] for name in file.files}
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    like = _named(shapes)
+    wanted = {name: (num_seeds, *x.shape) for name, x in like.items()}
+    shape = {name: x.shape for name, x in found.items()}
+    if wanted != shape:
+        name = min(k for k in wanted | shape if wanted.get(k) != shape.get(k))
+        raise ValueError(
+            f"{path} is of another version of the code, or of another kernel: {name} has shape "
+            f"{shape.get(name, 'none')} there, {wanted.get(name, 'none')} here"
+        )
+    leaves = [jnp.asarray(found[name], x.dtype) for name, x in like.items()]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+    """The leaves by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}

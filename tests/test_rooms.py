@@ -1,0 +1,100 @@
+"""Imports run one way: the arrows of the design, and the few imports inside functions."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS: dict[str, set[str]] = {
+    "types": set(),
+    "distributions": set(),
+    "scans": set(),
+    "worlds": {"types"},
+    "filters": {"worlds", "scans"},
+    "envs": {"worlds"},
+    "kernels": {"filters", "distributions", "scans", "worlds"},  # worlds: models to filter
+    "estimators": {"kernels", "scans"},
+    "rollout": {"kernels"},
+    "exact": {"kernels", "worlds", "scans", "distributions"},
+    "training": {"exact", "estimators", "rollout", "envs", "worlds", "kernels"},
+}
+"""A room, and the rooms it may import besides itself and `types`."""
+
+BACKEND = "importing Gymnax starts JAX's backend, and the command line sets its devices before"
+SLOW = "importing Brax and MuJoCo takes seconds, and only their environments need them"
+LATE = {
+    "envs/brax.py": ({"brax", "brax.io"}, SLOW),
+    "training/films.py": ({"spg.envs"}, BACKEND),
+    "training/options.py": ({"spg.envs"}, BACKEND),
+    "training/policies.py": ({"spg.envs"}, BACKEND),
+    "worlds/traps.py": ({"gymnax.environments.classic_control.cartpole"}, BACKEND),
+}
+"""The imports inside functions, each with its reason."""
+
+FILES = sorted(str(p.relative_to(ROOT / "spg")) for p in (ROOT / "spg").rglob("*.py"))
+
+
+def imported(tree: ast.AST) -> list[str]:
+    """The modules that a file imports, `from spg import envs` as `spg.envs`."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            assert node.module is not None
+            whole = node.module == "spg"
+            found += [f"spg.{a.name}" for a in node.names] if whole else [node.module]
+    return found
+
+
+def room(path: str) -> str:
+    return path.split("/")[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f != "__init__.py"])
+def test_a_room_imports_only_the_rooms_below(path):
+    modules = imported(ast.parse((ROOT / "spg" / path).read_text()))
+    rooms = {m.split(".")[1] if "." in m else m for m in modules if m.split(".")[0] == "spg"}
+    own = room(path)
+    assert rooms <= ROOMS[own] | {own, "types"}
+    assert not any(m.split(".")[0] in ("scripts", "tests") for m in modules)
+
+
+def test_imports_inside_functions_are_those_that_have_a_reason():
+    late = {}
+    for path in FILES:
+        tree = ast.parse((ROOT / "spg" / path).read_text())
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        if inside := {name for function in functions for name in imported(function)}:
+            late[path] = inside
+    assert late == {path: modules for path, (modules, _) in LATE.items()}
+
+
+def test_there_are_no_circles_and_no_rooms_without_a_rule():
+    assert {room(path) for path in FILES} - {"__init__"} == set(ROOMS)
+    below: set[str] = set()
+    while ready := {r for r in ROOMS.keys() - below if ROOMS[r] <= below}:
+        below |= ready
+    assert below == set(ROOMS)
+
+
+def test_embedding_loads_neither_environments_nor_the_tools_of_training():
+    light = [f for f in FILES if room(f) in ("estimators", "exact", "filters", "kernels")]
+    modules = ["spg", *("spg." + f.removesuffix(".py").replace("/", ".") for f in light)]
+    heavy = ("gymnax", "brax", "mujoco", "orbax", "matplotlib", "flax", "tensorboardX", "scipy")
+    program = f"""
+import importlib, sys
+for name in {[m.removesuffix(".__init__") for m in modules]}:
+    importlib.import_module(name)
+print([name for name in {heavy} if name in sys.modules])
+"""
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=path, check=False
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
