@@ -19,20 +19,12 @@ import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from spg.exact import conjugate
-from spg.exact.gamp import (
-    bicgstab,
-    gamp_gradient,
-    gmres,
-    krylov_bias,
-    krylov_stationary,
-    long_run,
-    power,
-    richardson,
-)
+from spg.exact.gamp import gamp_gradient, long_run
+from spg.exact.solvers import bicgstab, gmres, krylov_bias, krylov_stationary, power, richardson
 from spg.kernels.finite import noise_free
 from spg.kernels.kernel import Kernel
 from spg.training import cli, loop, options, records
-from spg.worlds.models import Problem
+from spg.worlds.models import POMDP, Problem
 
 
 @dataclass(frozen=True)
@@ -103,8 +95,8 @@ def step(config: Config, problem: Problem, state: State) -> tuple[State, dict[st
     metrics = {
         "average_reward": value,
         "gradient_norm": optax.tree.norm(gradient),
-        "stationary_residual": solution.stationary_residual,
-        "bias_residual": solution.bias_residual,
+        "stationary_error": solution.stationary_error,
+        "bias_error": solution.bias_error,
         "products": solution.products.sum(),
         "converged": solution.converged * 1.0,
     }
@@ -114,18 +106,20 @@ def step(config: Config, problem: Problem, state: State) -> tuple[State, dict[st
 def evaluate(problem: Problem, state: State, key: PRNGKeyArray) -> dict[str, Array]:
     """η of the controller, and of the one that always does what is most probable.
 
-    The latter may have several recurrent classes, and be slow; nan if it is too slow.
+    The latter may have several recurrent classes, or leave one slowly.
     """
     hard = noise_free(state.kernel, problem.pomdp.num_obs)
-    no_bias = lambda pull, gain, law, tol: (jnp.zeros_like(gain), jnp.zeros((), int))
-    law = partial(power, max_products=5_000)
-    free = long_run(hard, problem.pomdp, stationary=law, bias=no_bias)
     return {
-        "eval_average_reward": long_run(state.kernel, problem.pomdp).average_reward,
-        "eval_average_reward_noise_free": jnp.where(
-            free.stationary_residual < 1e-3, free.average_reward, jnp.nan
-        ),
+        "eval_average_reward": average_reward(state.kernel, problem.pomdp),
+        "eval_average_reward_noise_free": average_reward(hard, problem.pomdp),
     }
+
+
+def average_reward(kernel: Kernel, pomdp: POMDP) -> Array:
+    """η from the start, and nan where the stationary distribution may be off by 1e-3 or more."""
+    no_bias = lambda pull, gain, stationary, tol: (jnp.zeros_like(gain), jnp.zeros((), int))
+    solution = long_run(kernel, pomdp, bias=no_bias)
+    return jnp.where(solution.stationary_error < 1e-3, solution.average_reward, jnp.nan)
 
 
 def export(problem: Problem, state: State, out: Path) -> None:
@@ -134,7 +128,7 @@ def export(problem: Problem, state: State, out: Path) -> None:
     converged = records.read_metrics(out)["converged"]
     if failed := int((converged == 0).sum()):
         print(
-            f"{failed} of {converged.size} gradients did not converge, see the residuals in "
+            f"{failed} of {converged.size} gradients did not converge, see the errors in "
             "metrics.csv: several recurrent classes, or nearly; a smaller --bound or another "
             "--solver would be the first thing to try",
             file=sys.stderr,
@@ -142,10 +136,9 @@ def export(problem: Problem, state: State, out: Path) -> None:
 
 
 def make(config: Config) -> loop.Algorithm:
-    """What `loop.run` takes. Raises ValueError for what cannot run."""
+    """What `loop.run` takes, in the precision that JAX is in. Raises ValueError for what cannot run."""
     options.check_positive(config, "num_updates")
     options.check_range(config, 0.0, float("inf"), "learning_rate", "bound")
-    jax.config.update("jax_enable_x64", config.precision == "double")
     problem = options.open_problem(config)
     return loop.Algorithm(
         name="gamp",
@@ -161,5 +154,11 @@ def make(config: Config) -> loop.Algorithm:
     )
 
 
+def make_precise(config: Config) -> loop.Algorithm:
+    """`make`, after setting the precision of this process."""
+    jax.config.update("jax_enable_x64", config.precision == "double")
+    return make(config)
+
+
 if __name__ == "__main__":
-    cli.main(Config, make, cores=False)  # of lineax 0.1.1 GMRES does not run when sharded
+    cli.main(Config, make_precise, cores=False)  # of lineax 0.1.1 GMRES does not run when sharded
