@@ -136,7 +136,7 @@ def export(problem: Problem, state: State, out: Path) -> None:
 
 
 def make(config: Config) -> loop.Algorithm:
-    """What `loop.run` takes, in the precision that JAX is in. Raises ValueError for what cannot run."""
+    """What `loop.run` takes, in JAX's present precision. Raises ValueError for what cannot run."""
     options.check_positive(config, "num_updates")
     options.check_range(config, 0.0, float("inf"), "learning_rate", "bound")
     problem = options.open_problem(config)

@@ -34,10 +34,8 @@ class LongRun(NamedTuple):
     average_reward: Float[Array, ""]  # η = d·r, differentiable once in the kernel
     stationary: Vector  # d(s, g)
     bias: Vector  # x(s, g), differential values, up to a constant
-    stationary_error: Float[
-        Array, ""
-    ]  # of d, in the norm ‖·‖₁; η is off by no more than max |r| times it
-    bias_error: Float[Array, ""]  # of x and of d, relative; the gradient has about the same
+    stationary_error: Float[Array, ""]  # of d in the norm ‖·‖₁; of η at most max |r| times it
+    bias_error: Float[Array, ""]  # of x and d, relative; that of the gradient is about the same
     products: Int[Array, "2"]  # applications of K that d and x took
     converged: Bool[Array, ""]  # both errors are at most 3 √tol
 
@@ -89,6 +87,7 @@ def long_run(
     least = 64 * eps * jnp.max(jnp.abs(reward))
     gain = jnp.where(span(gain) > least, gain, 0)  # else every (s, g) earns the same
     x, bias_products = bias(pull, gain, d, jnp.asarray(tol, start.dtype))
+    x = jnp.where(jnp.isfinite(x).all(), x, 0)  # η is right without it; `bias_error` tells
     d, x = lax.stop_gradient((d, x))
 
     limit = 3 * jnp.sqrt(jnp.asarray(tol, d.dtype))
@@ -97,7 +96,6 @@ def long_run(
     sigma, misplaced = conditioning(push, start, d, of_d / limit)
     steps = jnp.maximum(1 / sigma, relative_span(gain, x))
     errors = jnp.stack([of_d / sigma, (of_d + of_x) * steps]) + misplaced
-    x = jnp.where(jnp.isfinite(x), x, 0)  # η is right without it; `bias_error` tells
     surrogate = jnp.vdot(d, _evaluate(table, pomdp, x))  # its derivative is d (∇r + ∇K x)
     return LongRun(
         average_reward=eta + (surrogate - lax.stop_gradient(surrogate)),

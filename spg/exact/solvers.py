@@ -146,8 +146,9 @@ def two_krylov_bias(
     x, n = krylov_bias(pull, gain, stationary, tol, solver=partial(bicgstab, max_steps=1_000))
     residual, eps = bias_residual(pull, gain, x), jnp.finfo(x.dtype).eps
     least = jnp.minimum(32 * eps * relative_span(gain, x), jnp.sqrt(eps))
-    x = jnp.where(residual < 1, x, 0)  # nan, too
-    enough = residual <= jnp.maximum(tol, least)
+    better = jnp.isfinite(x).all() & (residual < 1)  # the span of a nan may be anything
+    x = jnp.where(better, x, 0)
+    enough = better & (residual <= jnp.maximum(tol, least))
     solver = lambda tol: gmres(jnp.where(enough, jnp.inf, tol), restart=_basis(gain))
     x, m = krylov_bias(pull, gain, stationary, tol, solver=solver, guess=x)
     return x, n + m + 1
