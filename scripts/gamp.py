@@ -22,25 +22,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from spg.exact import conjugate
-from spg.exact.gamp import (
-    bicgstab,
-    gamp_gradient,
-    gmres,
-    krylov_bias,
-    krylov_stationary,
-    long_run,
-    power,
-    richardson,
-)
+from spg.exact.gamp import gamp_gradient, long_run
+from spg.exact.solvers import bicgstab, gmres, krylov_bias, krylov_stationary, power, richardson
 from spg.kernels.finite import noise_free
 from spg.kernels.kernel import Kernel
 from spg.rollout import Evaluation
 from spg.training import cli, controllers, graphs, loop, metrics, options
 from spg.training.loop import Report, State
-from spg.worlds.models import Problem
+from spg.worlds.models import POMDP, Problem
 
 
 @dataclass(frozen=True)
@@ -110,8 +102,8 @@ def step(config: Config, problem: Problem, state: State) -> tuple[State, Report]
         params = jax.tree.map(lambda x: jnp.clip(x, -config.bound, config.bound), moved)
     watched = {
         "gradient_norm": optax.tree.norm(gradient),
-        "stationary_residual": solution.stationary_residual,
-        "bias_residual": solution.bias_residual,
+        "stationary_error": solution.stationary_error,
+        "bias_error": solution.bias_error,
         "products": solution.products.sum(),
         "converged": solution.converged * 1.0,
     }
@@ -122,17 +114,18 @@ def step(config: Config, problem: Problem, state: State) -> tuple[State, Report]
 def evaluate(problem: Problem, state: State, key: PRNGKeyArray) -> Evaluation:
     """η of the controller, and of the one that always does what is most probable.
 
-    The latter may have several recurrent classes, and be slow; nan if it is too slow.
+    The latter may have several recurrent classes, or leave one slowly.
     """
     kernel = state.learned.kernel
     hard = noise_free(kernel, problem.pomdp.num_obs)
-    no_bias = lambda pull, gain, law, tol: (jnp.zeros_like(gain), jnp.zeros((), int))
-    law = partial(power, max_products=5_000)
-    free = long_run(hard, problem.pomdp, stationary=law, bias=no_bias)
-    return Evaluation(
-        sampled=long_run(kernel, problem.pomdp).average_reward,
-        noise_free=jnp.where(free.stationary_residual < 1e-3, free.average_reward, jnp.nan),
-    )
+    return Evaluation(*(average_reward(x, problem.pomdp) for x in (kernel, hard)))
+
+
+def average_reward(kernel: Kernel, pomdp: POMDP) -> Array:
+    """η from the start, and nan where the stationary distribution may be off by 1e-3 or more."""
+    no_bias = lambda pull, gain, stationary, tol: (jnp.zeros_like(gain), jnp.zeros((), int))
+    solution = long_run(kernel, pomdp, bias=no_bias)
+    return jnp.where(solution.stationary_error < 1e-3, solution.average_reward, jnp.nan)
 
 
 def export(problem: Problem, learned: Learned, out: Path) -> None:
@@ -141,7 +134,7 @@ def export(problem: Problem, learned: Learned, out: Path) -> None:
     converged = metrics.read_metrics(out)["converged"]
     if failed := int((converged == 0).sum()):
         print(
-            f"{failed} of {converged.size} gradients did not converge, see the residuals in "
+            f"{failed} of {converged.size} gradients did not converge, see the errors in "
             "metrics.csv: several recurrent classes, or nearly; a smaller --bound or another "
             "--solver would be the first thing to try",
             file=sys.stderr,
@@ -149,10 +142,9 @@ def export(problem: Problem, learned: Learned, out: Path) -> None:
 
 
 def make(config: Config) -> loop.Algorithm:
-    """What `loop.run` takes. Raises ValueError for what cannot run."""
+    """What `loop.run` takes, in JAX's present precision. Raises ValueError for what cannot run."""
     options.check_positive(config, "num_updates")
     options.check_range(config, 0.0, float("inf"), "learning_rate", "bound")
-    jax.config.update("jax_enable_x64", config.precision == "double")
     problem = options.open_problem(config)
     return cli.of_controllers(
         problem,
@@ -168,5 +160,11 @@ def make(config: Config) -> loop.Algorithm:
     )
 
 
+def make_precise(config: Config) -> loop.Algorithm:
+    """`make`, after setting the precision of this process."""
+    jax.config.update("jax_enable_x64", config.precision == "double")
+    return make(config)
+
+
 if __name__ == "__main__":
-    cli.main(Config, make, cores=False)  # of lineax 0.1.1 GMRES does not run when sharded
+    cli.main(Config, make_precise, cores=False)  # of lineax 0.1.1 GMRES does not run when sharded

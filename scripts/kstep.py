@@ -245,6 +245,12 @@ def bounds(config: Config, world: World) -> Float[np.ndarray, "K T"]:
 
 
 def main(config: Config) -> None:
+    """Exact gradients are in double precision, sampled ones in single."""
+    with jax.enable_x64(config.gradient == "exact"):
+        run(config)
+
+
+def run(config: Config) -> None:
     began = time.perf_counter()
     options.check_positive(config, "num_runs", "num_updates", "num_components", "num_steps")
     options.check_range(config, 2.0, float("inf"), "num_episodes")
@@ -253,7 +259,6 @@ def main(config: Config) -> None:
         raise ValueError(f"k is {config.k}; it lists different numbers of at least 1")
     if config.gamma and not 0 < config.gamma < 1:
         raise ValueError(f"gamma is {config.gamma}; it has to be between 0 and 1")
-    jax.config.update("jax_enable_x64", config.gradient == "exact")
     world = open_world(config)
     out = records.open_run(config, "kstep", resumable=False)
     print(f"{config.problem}, {len(world.policies)} policies; directory {out}", file=sys.stderr)

@@ -55,6 +55,8 @@ def linear_scan(
     dtype = jnp.result_type(decay, u, *([] if init is None else [init]))
     decay, u = decay.astype(dtype), u.astype(dtype)
     init = jnp.zeros(u.shape[1:], dtype) if init is None else jnp.asarray(init, dtype)
+    if len(u) == 0:
+        return u
     if method == "auto":
         method = "sequential" if jax.default_backend() == "cpu" else "associative"
     form = {"sequential": _sequential, "associative": _associative, "chunked": _chunked}[method]

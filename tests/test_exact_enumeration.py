@@ -89,6 +89,18 @@ def test_stationary_law_is_the_limit_of_the_chain(pomdp, kernel):
     assert np.allclose(law.sum(), 1)
 
 
+def test_stationary_distribution_of_several_classes_is_that_from_the_start(kernel):
+    """State 0 leads to states 1 and 2, which keep to themselves, with 1/3 and 2/3."""
+    step = jnp.array([[0.0, 1 / 3, 2 / 3], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    transition = jnp.broadcast_to(step[:, None], (3, 2, 3))
+    observation = jnp.full((3, 2), 0.5)
+    pomdp = DensePOMDP(transition, observation, jnp.ones((3, 2)), jnp.array([0.75, 0.25, 0.0]))
+    d = eqx.filter_jit(enumeration.stationary_distribution)(kernel, pomdp)
+    assert np.allclose(d.sum(1), [0, 0.5, 0.5], atol=1e-15)
+    chain = eqx.filter_jit(enumeration.joint_chain)(kernel, pomdp)
+    assert np.allclose(jnp.einsum("sg,sgth->th", d, chain), d, atol=1e-15)
+
+
 @pytest.mark.parametrize("name", ["finite", "gru", "linear", "window", "empty"])
 def test_probabilities_of_all_trajectories_sum_to_one(pomdp, name):
     kernel = make_kernel(name, jr.key(2))

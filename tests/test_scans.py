@@ -134,6 +134,14 @@ def test_mismatched_lengths_are_refused():
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", FORMS)
+def test_linear_scan_of_no_steps_is_empty(form, method):
+    decay, u, init = map(jnp.asarray, problem(form, 0, 4, seed=0))
+    assert linear_scan(decay, u, init, method=method).shape == (0, 4)
+    assert linear_scan(decay, u, reverse=True, method=method).dtype == u.dtype
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_linear_scan_promotes_integer_inputs(method):
     decay, u, init = jnp.full(3, 0.5), jnp.array([2, 0, 1]), jnp.array(1)
     x = linear_scan(decay, u, init, method=method)

@@ -3,7 +3,6 @@
 import csv
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
@@ -11,13 +10,6 @@ from scripts import kstep
 from spg.training.records import RunError
 
 TINY = kstep.Config(k=(1, 8), num_runs=3, num_updates=4, num_episodes=8, num_steps=20)
-
-
-@pytest.fixture(autouse=True)
-def precision():
-    """That of exact gradients is double, and has to end with the test."""
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 def read(path):

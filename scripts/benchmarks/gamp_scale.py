@@ -29,14 +29,13 @@ from scipy import sparse
 from scipy.sparse import linalg
 
 from spg.exact.enumeration import joint_chain
-from spg.exact.gamp import (
+from spg.exact.gamp import gamp_gradient, long_run
+from spg.exact.solvers import (
     arnoldi,
     bicgstab,
-    gamp_gradient,
     gmres,
     krylov_bias,
     krylov_stationary,
-    long_run,
     power,
     richardson,
 )

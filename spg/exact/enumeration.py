@@ -81,12 +81,19 @@ def policy_gradient(kernel: Kernel, pomdp: DensePOMDP, *, gamma: Scalar) -> Kern
 
 
 def stationary_distribution(kernel: Kernel, pomdp: DensePOMDP) -> Float[Array, "S G"]:
-    """d = dK of the joint chain on (s, z), from d (I - K + 1v) = v with v uniform."""
-    chain = joint_chain(kernel, pomdp)
-    shape = chain.shape[:2]
-    size = shape[0] * shape[1]
-    system = jnp.eye(size) - chain.reshape(size, size) + 1 / size
-    return jnp.linalg.solve(system.T, jnp.full(size, 1 / size)).reshape(shape)
+    """d = dK of the joint chain on (s, z), the limit of its time averages from the start.
+
+    The rows of ((I + K) / 2)^(2^60), by squaring, are the limits from each (s, z). With several
+    recurrent classes each has the mass that arrives in it.
+    """
+    chain, start = joint_chain(kernel, pomdp), _start(kernel, pomdp)
+    damped = (jnp.eye(start.size) + chain.reshape(start.size, start.size)) / 2
+
+    def square(power, _):
+        power = power @ power
+        return power / power.sum(1, keepdims=True), None
+
+    return (start.reshape(-1) @ lax.scan(square, damped, length=60)[0]).reshape(start.shape)
 
 
 def joint_policy(kernel: Kernel, pomdp: DensePOMDP) -> Float[Array, "S G G A"]:

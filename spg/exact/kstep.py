@@ -36,7 +36,7 @@ class KStepValues(NamedTuple):
     window_distribution: Float[Array, " S"]  # ν, sums to 1
     gradient: Float[Array, " N"]  # ∂J/∂w_D
     expected_return: Float[Array, ""]  # J, from the start
-    residual: Float[Array, ""]  # of both linear equations, relative to their right-hand sides
+    error: Float[Array, ""]  # a bound: of V relative to max |V|, and of ν in the norm ‖·‖₁
 
 
 # --- deterministic policies
@@ -88,6 +88,11 @@ def kstep_values(
     may be random; they are drawn anew at every step. The solution of a `DensePOMDP` is
     differentiable where k is not traced.
 
+    `error` is ‖R + γ^k P v - v‖ / (1 - γ^k), the distance of v from the fixed point of a
+    contraction, plus 4ε / (1 - γ) for the rounding of that residual and of γ: in single precision
+    .5 % at γ = .9999. J is off by no more than `error` max |V|, and the gradient by no more than
+    2 `error` max |Q| / (1 - γ^k).
+
     Raises ValueError for k < 1, gamma outside (0, 1), weights off the simplex, and an empty list
     of policies, one that repeats a policy or has a wrong shape or action. Traced values go
     unchecked.
@@ -121,17 +126,16 @@ def kstep_values(
         value = _fixed_point(ahead, window_reward, k, gamma)
         window_distribution = _fixed_point(behind, start, k, gamma)
     q_value = hold(reward, value)
-    residuals = (
-        _relative(q_value @ weights - value, value),
-        _relative(start + behind(window_distribution) - window_distribution, start),
-    )
+    of_value = _ratio(jnp.abs(q_value @ weights - value).max(), jnp.abs(value).max())
+    of_windows = jnp.abs(start + behind(window_distribution) - window_distribution).sum()
+    rounding = 4 * jnp.finfo(value.dtype).eps / (1 - gamma)
     return KStepValues(
         value=value,
         q_value=q_value,
         window_distribution=window_distribution,
         gradient=window_distribution @ q_value / fresh,
         expected_return=pomdp.start @ value,
-        residual=jnp.maximum(*residuals),
+        error=jnp.maximum(of_value, of_windows) / fresh + rounding,
     )
 
 
@@ -209,6 +213,5 @@ def _fixed_point(rest, rhs: Float[Array, " S"], k: Steps, gamma: Scalar) -> Floa
     return lax.while_loop(going, step, (rhs, jnp.array(True), 0))[0]
 
 
-def _relative(error: Array, of: Array) -> Float[Array, ""]:
-    scale = jnp.max(jnp.abs(of))
-    return jnp.max(jnp.abs(error)) / jnp.where(scale > 0, scale, 1)
+def _ratio(x: Array, of: Array) -> Float[Array, ""]:
+    return x / jnp.where(of > 0, of, 1)
