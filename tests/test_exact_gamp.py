@@ -41,7 +41,10 @@ def average_reward(kernel, pomdp):
 SOLVERS = {
     "default": {},
     "damped": {"stationary": solvers.power, "bias": solvers.richardson},
-    "gmres": {"stationary": partial(solvers.krylov_stationary, solver=solvers.gmres)},
+    "gmres": {
+        "stationary": partial(solvers.krylov_stationary, solver=solvers.gmres),
+        "bias": partial(solvers.krylov_bias, solver=solvers.gmres),
+    },
     "bicgstab": {
         "stationary": partial(solvers.krylov_stationary, solver=solvers.bicgstab),
         "bias": partial(solvers.krylov_bias, solver=solvers.bicgstab),
@@ -232,7 +235,7 @@ def apply(chain):
 def test_arnoldi_finds_the_limit_from_the_start_in_chains_of_two_classes(dtype):
     """Of 2 to 50 states each, also periodic, and with transient states ahead of them."""
     rng, size = np.random.default_rng(0), 104
-    draws = [(kind, m) for kind in INSIDES for m in (2, 3, 4, 5, 8, 20, 50) for _ in range(3)]
+    draws = [(kind, m) for kind in INSIDES for m in (2, 3, 5, 8, 20, 50) for _ in range(2)]
     pairs = [classes(rng, size, m, rng.integers(0, 4), kind) for kind, m in draws]
     alone = lambda chain, start: World(
         chain[:, None], np.zeros((size, 1)), start, np.zeros((size, 1))
@@ -243,7 +246,7 @@ def test_arnoldi_finds_the_limit_from_the_start_in_chains_of_two_classes(dtype):
     chains, starts = (jnp.asarray(np.stack(x), dtype) for x in zip(*pairs, strict=True))
     d = np.asarray(jax.jit(jax.vmap(one))(chains, starts))
     assert np.abs(d - truth).sum(1).max() < (1e-10 if dtype is np.float64 else 2e-4)
-    assert d.min() > -(1e-16 if dtype is np.float64 else 1e-7)
+    assert d.min() >= 0
 
 
 def worlds(kinds, size, dtype, seed):

@@ -78,21 +78,22 @@ def test_sparse_worlds_are_solved_at_vertices_too(dtype):
 
 
 def test_the_error_in_single_precision_is_within_its_bound():
-    """Of V and ν, of γ up to .99999, where 1 % and more is lost; and the bound is no idle one."""
+    """Of V and ν, directly up to γ = .99999 and by iteration; the bound is no idle one."""
     pomdp = make_pomdp(jr.key(1), num_states=4)
     weights = jnp.array([0.1, 0.2, 0.3, 0.4])
     single = lambda tree: jax.tree.map(
         lambda x: x.astype(jnp.float32) if x.dtype.kind == "f" else x, tree
     )
-    gammas, ks = jnp.array([0.9, 0.99, 0.9999, 0.99999]), jnp.array([1, 5, 100])
+    ks = jnp.array([1, 5])
 
     @jax.jit
     def every(pomdp, weights, gammas):
         one = lambda k, gamma: kstep.kstep_values(pomdp, POLICIES, weights, k=k, gamma=gamma)
         return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(ks, gammas)
 
-    truth = every(pomdp, weights, gammas)
-    for world in (pomdp, sparse(pomdp)):
+    for world, longest in ((pomdp, 0.99999), (sparse(pomdp), 0.999)):
+        gammas = jnp.array([0.9, longest])
+        truth = every(pomdp, weights, gammas)
         found = every(*single((world, weights, gammas)))
         of_value = np.abs(found.value - truth.value).max(-1) / np.abs(truth.value).max(-1)
         of_windows = np.abs(found.window_distribution - truth.window_distribution).sum(-1)

@@ -78,7 +78,6 @@ def long_run(
     reward = evaluate(jnp.zeros_like(start))
     stationary, bias = stationary or arnoldi, bias or two_krylov_bias
     d, stationary_products = stationary(push, start, jnp.asarray(tol, start.dtype))
-    d = jnp.abs(d) / jnp.abs(d).sum()  # rounding may have made small entries negative
     eta = jnp.vdot(d, reward)
     seen = d != 0  # exact: what cannot be reached takes no part, and may have another η
     pull: Apply = lambda x: jnp.where(seen, evaluate(x) - reward, 0)

@@ -78,7 +78,7 @@ def arnoldi(
 
     inf = jnp.full((), jnp.inf, start.dtype)
     d, n = lax.while_loop(going, step, (start, push(start), start, inf, 0, 1))[2::3]
-    return d, jnp.asarray(n)
+    return _distribution(d), jnp.asarray(n)
 
 
 def krylov_stationary(
@@ -92,8 +92,12 @@ def krylov_stationary(
     closed = lambda w: w - push(w) + start * w.sum()
     rhs = start.size * (start - push(start))  # entries around 1, as tolerances expect
     w, n = _lineax(closed, rhs, jnp.zeros_like(rhs), solver(tol))
-    d = start - w / start.size
-    return d / d.sum(), n + 1
+    return _distribution(start - w / start.size), n + 1
+
+
+def _distribution(d: Vector) -> Vector:
+    """d without the small negative entries that rounding leaves; what is 0 stays 0."""
+    return jnp.abs(d) / jnp.abs(d).sum()
 
 
 # --- differential values
