@@ -84,17 +84,6 @@ def test_velocities_are_where_the_documented_layout_has_them(name, velocities, s
     assert_all_equal(seen["state"], seen["all"])
 
 
-def test_state_without_velocities_is_own_observation_and_hidden_state():
-    env, params = envs.make("MemoryChain-bsuite", observe="state", num_bits=3, memory_length=4)
-    obs, state = env.reset(jr.key(0), params)
-    for t in range(4):
-        obs, state, *_ = env.step(jr.key(t), state, 0, params)
-        hidden = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(state.env)])
-        assert_all_equal(obs[5:], hidden.astype(jnp.float32))
-        assert state.env.context.shape == (3,)
-        assert t < 1 or not obs[2:5].any()  # the context is hidden from the own observation
-
-
 def test_privileged_critic_sees_everything_also_at_the_end_of_an_episode():
     env, params = envs.make(
         "CartPole-v1", observe="positions", privileged=True, max_steps_in_episode=3

@@ -158,34 +158,41 @@ def _open(
     """Construct, then set: a keyword is a field of the parameters or else of the constructor."""
     if backend is not None:
         _check("backend", backend, brax.BACKENDS)
-    if isinstance(named, Environment):
-        factory, arguments, named = lambda: named, [], named.name
-    elif named in _OWN:
-        factory, arguments = _OWN[named], list(inspect.signature(_OWN[named]).parameters)
-    elif named in gymnax.registered_envs:
-        factory, arguments = lambda **kw: gymnax.make(named, **kw)[0], None
-    elif ":" in named:
-        factory = _imported(named)
-        arguments = list(inspect.signature(factory).parameters)
-    else:
-        brax_names = [f"brax/{n}" for n in brax.names()]
-        _check("environment", named, [*_OWN, *gymnax.registered_envs, *brax_names])
-        short = named.removeprefix("brax/")
-        factory, arguments = partial(brax.load, short, backend), brax.arguments(short)
+    name = named if isinstance(named, str) else named.name
+    factory, arguments = _factory(named, backend)
     try:
         env: Any = factory()
     except (OSError, EOFError) as error:  # MNISTBandit alone reads a file, which it downloads
         raise ValueError(
-            f"{named!r} needs data that Gymnax downloads, and they did not come: {error}"
+            f"{name!r} needs data that Gymnax downloads, and they did not come: {error}"
         ) from error
     if arguments is None:
         arguments = list(inspect.signature(type(env)).parameters)
     fields = {f.name for f in dataclasses.fields(env.default_params)}
     for keyword in keywords:
-        _check(f"parameter of {named}", keyword, sorted(fields.union(arguments)))
+        _check(f"parameter of {name}", keyword, sorted(fields.union(arguments)))
     if not fields.issuperset(keywords):
         env = factory(**{k: v for k, v in keywords.items() if k not in fields})
     return env, env.default_params.replace(**{k: v for k, v in keywords.items() if k in fields})
+
+
+def _factory(
+    named: str | Environment, backend: str | None
+) -> tuple[Callable[..., Environment], list[str] | None]:
+    """What makes the environment, and its keywords; None for those of the environment's class."""
+    if isinstance(named, Environment):
+        return lambda: named, []
+    if named in _OWN:
+        return _OWN[named], list(inspect.signature(_OWN[named]).parameters)
+    if named in gymnax.registered_envs:
+        return lambda **keywords: gymnax.make(named, **keywords)[0], None
+    if ":" in named:
+        return _imported(named), None
+    _check(
+        "environment", named, [*_OWN, *gymnax.registered_envs, *(f"brax/{n}" for n in brax.names())]
+    )
+    short = named.removeprefix("brax/")
+    return partial(brax.load, short, backend), brax.arguments(short)
 
 
 def _imported(place: str) -> type[Environment]:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,16 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy import stats
 
+TRIMMED_MEAN = partial(stats.trim_mean, proportiontocut=0.25)
 MOST_CURVES = 8  # that one picture can show on one another
 
 
-def iqm(x: Float[np.ndarray, "seeds *points"], axis: int = 0) -> Float[np.ndarray, "*points"]:
+def iqm(x: Float[np.ndarray, "seeds *points"]) -> Float[np.ndarray, "*points"]:
     """Interquartile mean over the first axis, Agarwal et al. (2021)."""
-    return np.asarray(stats.trim_mean(x, 0.25, axis=axis))
+    return np.asarray(TRIMMED_MEAN(x, axis=0))
 
 
 def interval(
-    x: Float[np.ndarray, "seeds *points"], level: float = 0.95, statistic: Callable[..., Any] = iqm
+    x: Float[np.ndarray, "seeds *points"],
+    level: float = 0.95,
+    statistic: Callable[..., Any] = TRIMMED_MEAN,
 ) -> tuple[Float[np.ndarray, "*points"], Float[np.ndarray, "*points"]]:
     """Percentile bootstrap interval of a statistic over the first axis; a point for one seed."""
     if x.shape[0] == 1:
