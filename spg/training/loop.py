@@ -126,7 +126,7 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
     else:
         table.start()
 
-    devices = _devices(algorithm, len(numbers))
+    shared = devices(algorithm, len(numbers))
     unit = "step" if algorithm.steps_per_update else "update"
     progress = Progress(algorithm.name, total=algorithm.num_updates * work, unit=unit)
     events = Events(out, first=update + 1, say=progress.say)
@@ -134,14 +134,14 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
         began = time.perf_counter()
         # `start` on one device: QR, of orthogonal weights, on two at once blocks both (jaxlib 0.10)
         seeds = jax.jit(start)(roots[:, 0]) if seeds is None else seeds
-        seeds, eval_roots = _program(devices, lambda *x: x)(seeds, roots[:, 1])
+        seeds, eval_roots = _program(shared, lambda *x: x)(seeds, roots[:, 1])
         ahead = [*pairwise(m for m in marks if m >= update)]
         if ahead:
             size = max(end - begin for begin, end in pairwise(marks))
             specs, chunk = (SPLIT, WHOLE, WHOLE), partial(_updates, algorithm, size, names)
-            train = _program(devices, chunk, specs, donate_argnums=0)
+            train = _program(shared, chunk, specs, donate_argnums=0)
             train = train.lower(seeds, jnp.int32(0), jnp.int32(0)).compile()
-            evaluate = _program(devices, jax.vmap(algorithm.evaluate))
+            evaluate = _program(shared, jax.vmap(algorithm.evaluate))
             evaluate = evaluate.lower(seeds.state, eval_roots).compile()
         clock["compile_seconds"] += time.perf_counter() - began
 
@@ -185,7 +185,7 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
         diverged={int(numbers[i]): int(diverged[i]) for i in np.flatnonzero(diverged)},
         clock=clock,
         env_steps=algorithm.num_updates * algorithm.steps_per_update,
-        facts={"devices": [d.device_kind for d in devices], "jax": jax.__version__},
+        facts={"devices": [d.device_kind for d in shared], "jax": jax.__version__},
     )
 
 
@@ -224,11 +224,11 @@ def largest_divisor(n: int, limit: int) -> int:
     return max(i for i in range(1, limit + 1) if n % i == 0)
 
 
-def _devices(algorithm: Algorithm, num_seeds: int) -> list[Any]:
+def devices(algorithm: Algorithm, num_seeds: int) -> list[Any]:
     """The devices to train on, each with as many seeds; says where some stay idle."""
     if not algorithm.sharded:
         return jax.devices()[:1]
-    count = jax.device_count()
+    count = len(jax.devices())
     used = largest_divisor(num_seeds, count)
     if used < min(num_seeds, count):
         fits = [n for n in (num_seeds // count * count, -(-num_seeds // count) * count) if n]
@@ -260,7 +260,7 @@ def _updates(
     """`count` <= `size` updates of every seed after the first `begin`, and their columns."""
 
     def step(number, seed):
-        state, report = algorithm.step(seed.state)
+        state, report = jax.tree.map(jnp.asarray, algorithm.step(seed.state))
         columns = _columns(algorithm.measure, report)
         facts = [*jax.tree.leaves((state.learned, report.metrics)), report.weight]
         facts += [jnp.where(report.weight > 0, report.score, 0.0)]
