@@ -11,6 +11,7 @@ from walk import Config, make
 
 from spg.training import loop, records, summaries
 from spg.training.checkpoints import Checkpoints
+from spg.training.devices import devices
 from spg.training.metrics import read_metrics
 from spg.training.records import RunError
 
@@ -207,9 +208,7 @@ def test_on_a_terminal_progress_is_one_bar_and_lines_stand_alone(tmp_path, capsy
 )
 def test_devices_that_stay_idle_are_named(num_seeds, available, used, said, capsys, monkeypatch):
     monkeypatch.setattr("jax.devices", lambda: list(range(available)))
-    algorithm = make(Config())
-    assert len(loop.devices(algorithm, num_seeds)) == used
+    assert len(devices(num_seeds)) == used
     err = capsys.readouterr().err
     assert said in err
     assert bool(said) == bool(err)
-    assert len(loop.devices(algorithm._replace(sharded=False), num_seeds)) == 1

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,9 +132,11 @@ def _checksum(directory: Path) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Orbax logs the tracebacks of its threads, of errors that it raises too."""
+    """Orbax logs the tracebacks of its threads, of errors that it raises too; some go unraised."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
         logging.disable(logging.NOTSET)
+        sys.unraisablehook = hook
