@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path):
         self._directory = directory.absolute()
-        self._writer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
     def updates(self) -> list[int]:
         """After how many updates there is a checkpoint, the last one first."""
@@ -46,7 +47,7 @@ class Checkpoints:
         try:
             self.clean()
             with _quietly():
-                self._writer.save(partial, args=ocp.args.StandardSave(arrays))
+                self._orbax.save(partial, args=ocp.args.StandardSave(arrays))
             (partial / "checksum").write_text(_checksum(partial))
             os.rename(partial, path)
         except (OSError, ValueError) as error:
@@ -73,18 +74,13 @@ class Checkpoints:
         `like` gives the structure, the shapes and the dtypes (of arrays, or by `jax.eval_shape`).
         Raises RunError if the checkpoint has others.
         """
-        path = self._directory / str(update)
-        try:
-            with _quietly():
-                saved = self._writer.restore(path, args=ocp.args.StandardRestore())
-        except (OSError, ValueError, KeyError) as error:
-            raise RunError(f"checkpoint {path} cannot be read by this Orbax: {error}") from error
+        saved = self.read(update)
         bare = jax.tree.map(lambda x: jax.eval_shape(jr.key_data, x) if _is_key(x) else x, like)
         kind = lambda x: (tuple(x.shape), np.dtype(x.dtype))
         now, then = ({k: kind(x) for k, x in t.items()} for t in (_by_path(bare), saved))
         if differ := sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k)):
             raise RunError(
-                f"checkpoint {path} is of another version of the code, which differs in "
+                f"checkpoint {update} is of another version of the code, which differs in "
                 f"{', '.join(differ[:3])}{' and others' if len(differ) > 3 else ''}"
             )
 
@@ -95,6 +91,15 @@ class Checkpoints:
             return jr.wrap_key_data(jnp.asarray(value)) if _is_key(x) else value
 
         return jax.tree_util.tree_map_with_path(leaf, like)
+
+    def read(self, update: int) -> dict[str, np.ndarray]:
+        """The arrays of a whole checkpoint, by their paths."""
+        path = self._directory / str(update)
+        try:
+            with _quietly():
+                return self._orbax.restore(path, args=ocp.args.StandardRestore())
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"checkpoint {path} cannot be read by this Orbax: {error}") from error
 
     def discard(self, update: int) -> None:
         shutil.rmtree(self._directory / str(update))
@@ -127,9 +132,11 @@ def _checksum(directory: Path) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Orbax logs the tracebacks of its threads, of errors that it raises too."""
+    """Orbax logs the tracebacks of its threads, of errors that it raises too; some go unraised."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
         logging.disable(logging.NOTSET)
+        sys.unraisablehook = hook

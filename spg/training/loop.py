@@ -6,7 +6,6 @@ updates once, and keeps a run directory: `config.json`, `metrics.csv`, `summary.
 `curve.png`, `checkpoints/`, `kernels.npz`, TensorBoard events, and what else the algorithm exports.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,22 +18,22 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from spg.kernels.kernel import Kernel
 from spg.rollout import Evaluation
 from spg.training import policies, records, summaries
 from spg.training.checkpoints import Checkpoints
+from spg.training.devices import SPLIT, WHOLE, devices, program
 from spg.training.events import Events
-from spg.training.metrics import EMPTY, RETURN, Mark, Measure, Table
-from spg.training.records import RunError
+from spg.training.metrics import EMPTY, RETURN, Measure, Table
+from spg.training.records import RunError, writing
+from spg.training.resume import Snapshot, resume
 from spg.training.terminal import Progress
 
 if TYPE_CHECKING:
     from spg.training.options import RunConfig
 
-SPLIT, WHOLE = PartitionSpec("seed"), PartitionSpec()
 CLOCKS = ("compile_seconds", "train_seconds", "evaluate_seconds")  # of all processes together
 SLICES = 5  # reports of progress between two checkpoints
 ADVICE = "a smaller --learning-rate, in another --out, would be the first thing to try"
@@ -80,18 +79,6 @@ class Seeds(NamedTuple):
     diverged: Array  # [seeds] the update in which something was not finite; 0: none so far
 
 
-class Snapshot(NamedTuple):
-    """What a checkpoint holds."""
-
-    seeds: Seeds
-    clock: dict[str, np.float64]  # seconds
-    mark: Mark  # of `metrics.csv`
-
-    @staticmethod
-    def of(seeds: Seeds, clock: dict[str, float], mark: Mark) -> "Snapshot":
-        return Snapshot(seeds, {k: np.float64(v) for k, v in clock.items()}, mark)
-
-
 def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
     """Train all seeds in the directory that `records.open_run` opened; what `summary.json` holds.
 
@@ -120,13 +107,14 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
         metrics=names, measure=algorithm.measure,
     )  # fmt: skip
     checkpoints = Checkpoints(out / "checkpoints")
-    update, seeds, clock = 0, None, dict.fromkeys(CLOCKS, 0.0)
+    update, seeds = 0, None
+    clock: dict[str, float] = dict.fromkeys(CLOCKS, 0.0)
     if config.resume:
-        update, seeds, clock = _resume(checkpoints, table, Snapshot.of(like, clock, EMPTY))
+        update, seeds, clock = resume(checkpoints, table, Snapshot.of(like, clock, EMPTY))
     else:
         table.start()
 
-    devices = _devices(algorithm, len(numbers))
+    shared = devices(len(numbers)) if algorithm.sharded else jax.devices()[:1]
     unit = "step" if algorithm.steps_per_update else "update"
     progress = Progress(algorithm.name, total=algorithm.num_updates * work, unit=unit)
     events = Events(out, first=update + 1, say=progress.say)
@@ -134,14 +122,14 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
         began = time.perf_counter()
         # `start` on one device: QR, of orthogonal weights, on two at once blocks both (jaxlib 0.10)
         seeds = jax.jit(start)(roots[:, 0]) if seeds is None else seeds
-        seeds, eval_roots = _program(devices, lambda *x: x)(seeds, roots[:, 1])
+        seeds, eval_roots = program(shared, lambda *x: x)(seeds, roots[:, 1])
         ahead = [*pairwise(m for m in marks if m >= update)]
         if ahead:
             size = max(end - begin for begin, end in pairwise(marks))
             specs, chunk = (SPLIT, WHOLE, WHOLE), partial(_updates, algorithm, size, names)
-            train = _program(devices, chunk, specs, donate_argnums=0)
+            train = program(shared, chunk, specs, donate_argnums=0)
             train = train.lower(seeds, jnp.int32(0), jnp.int32(0)).compile()
-            evaluate = _program(devices, jax.vmap(algorithm.evaluate))
+            evaluate = program(shared, jax.vmap(algorithm.evaluate))
             evaluate = evaluate.lower(seeds.state, eval_roots).compile()
         clock["compile_seconds"] += time.perf_counter() - began
 
@@ -169,7 +157,8 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
                 progress.say(f"diverged: {_named(numbers[new], diverged[new])}; {ADVICE}")
             if end in at_checkpoints:
                 checkpoints.save(end, Snapshot.of(seeds, clock, table.mark))
-                policies.save(out, jax.vmap(algorithm.kernel)(seeds.state))
+                with writing(out / "kernels.npz"):
+                    policies.save(out, jax.vmap(algorithm.kernel)(seeds.state))
             score = means.get(algorithm.measure.name)
             note = "" if score is None else f"{algorithm.measure.label} {score:.4g}"
             progress.advance((end - begin) * work, note)
@@ -177,67 +166,17 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
         progress.close()
         events.close()
     finished = np.flatnonzero(diverged == 0)
-    algorithm.export(jax.tree.map(lambda x: x[finished], seeds.state.learned), out)
-    return summaries.summarise(
-        out,
-        title=algorithm.title,
-        seeds=numbers[finished].tolist(),
-        diverged={int(numbers[i]): int(diverged[i]) for i in np.flatnonzero(diverged)},
-        clock=clock,
-        env_steps=algorithm.num_updates * algorithm.steps_per_update,
-        facts={"devices": [d.device_kind for d in devices], "jax": jax.__version__},
-    )
-
-
-def _resume(
-    checkpoints: Checkpoints, table: Table, like: Snapshot
-) -> tuple[int, Seeds | None, dict[str, float]]:
-    """The updates done, the seeds and the clock, of the last checkpoint that can be gone on from.
-
-    That is one whose files are whole, and whose rows of `metrics.csv` are as they were written.
-    """
-    checkpoints.clean()
-    worse = []
-    for update in checkpoints.updates():
-        if not checkpoints.is_whole(update):
-            worse.append(f"checkpoint {update} is damaged")
-            continue
-        saved = checkpoints.restore(update, like)
-        if not table.holds(saved.mark):
-            worse.append(f"metrics.csv is damaged before update {update}")
-            continue
-        if worse:
-            print(f"{', '.join(worse)}; going on from update {update}", file=sys.stderr)
-        for later in [x for x in checkpoints.updates() if x > update]:
-            checkpoints.discard(later)
-        table.cut(saved.mark)
-        return update, saved.seeds, {k: float(v) for k, v in saved.clock.items()}
-    if worse:
-        raise RunError(f"--resume: {', '.join(worse)}; another --out starts afresh")
-    print("there is no checkpoint yet; starting from update 0", file=sys.stderr)
-    table.start()
-    return 0, None, {k: float(v) for k, v in like.clock.items()}
-
-
-def largest_divisor(n: int, limit: int) -> int:
-    """The largest divisor of n up to `limit`."""
-    return max(i for i in range(1, limit + 1) if n % i == 0)
-
-
-def _devices(algorithm: Algorithm, num_seeds: int) -> list[Any]:
-    """The devices to train on, each with as many seeds; says where some stay idle."""
-    if not algorithm.sharded:
-        return jax.devices()[:1]
-    count = jax.device_count()
-    used = largest_divisor(num_seeds, count)
-    if used < min(num_seeds, count):
-        fits = [n for n in (num_seeds // count * count, -(-num_seeds // count) * count) if n]
-        print(
-            f"{num_seeds} seeds run on {used} of {count} devices, each with as many seeds; "
-            f"--num-seeds {' or '.join(map(str, fits))} would use all",
-            file=sys.stderr,
+    with writing(out):
+        algorithm.export(jax.tree.map(lambda x: x[finished], seeds.state.learned), out)
+        return summaries.summarise(
+            out,
+            title=algorithm.title,
+            seeds=numbers[finished].tolist(),
+            diverged={int(numbers[i]): int(diverged[i]) for i in np.flatnonzero(diverged)},
+            clock=clock,
+            env_steps=algorithm.num_updates * algorithm.steps_per_update,
+            facts={"devices": [d.device_kind for d in shared], "jax": jax.__version__},
         )
-    return jax.devices()[:used]
 
 
 def _marks(num_updates: int, count: int) -> list[int]:
@@ -246,21 +185,13 @@ def _marks(num_updates: int, count: int) -> list[int]:
     return sorted({num_updates * i // count for i in range(count + 1)})
 
 
-def _program(devices: list[Any], f: Callable, in_specs: Any = SPLIT, **options: Any) -> Any:
-    """`f`, whose arguments are stacked over seeds where `in_specs` says so, on these devices."""
-    if len(devices) > 1:
-        mesh = Mesh(np.array(devices), ("seed",))
-        f = jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=SPLIT, check_vma=False)
-    return jax.jit(f, **options)
-
-
 def _updates(
     algorithm: Algorithm, size: int, names: list[str], seeds: Seeds, begin: Array, count: Array
 ) -> tuple[Seeds, dict[str, Array]]:
     """`count` <= `size` updates of every seed after the first `begin`, and their columns."""
 
     def step(number, seed):
-        state, report = algorithm.step(seed.state)
+        state, report = jax.tree.map(jnp.asarray, algorithm.step(seed.state))
         columns = _columns(algorithm.measure, report)
         facts = [*jax.tree.leaves((state.learned, report.metrics)), report.weight]
         facts += [jnp.where(report.weight > 0, report.score, 0.0)]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from spg.training.records import RunError
+from spg.training.records import writing
 
 Column = Float[np.ndarray, "seeds updates"]
 
@@ -106,16 +106,10 @@ class Table:
 
     def _write(self, mode: str, text: str) -> None:
         data = text.encode()
-        try:
-            with self._path.open(mode) as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint may follow, and relies on it
-        except OSError as error:
-            raise RunError(
-                f"{self._path} cannot be written: {error.strerror}; what stands in it is kept, and "
-                "--resume goes on from the last checkpoint"
-            ) from error
+        with writing(self._path), self._path.open(mode) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint may follow, and relies on it
         self.mark = (self.mark if mode == "ab" else EMPTY).then(data)
 
 

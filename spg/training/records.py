@@ -107,6 +107,18 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names the file, and what to do, where a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}; what was there is kept, and --resume "
+            "goes on from the last checkpoint"
+        ) from error
+
+
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
