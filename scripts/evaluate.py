@@ -10,6 +10,7 @@ Brax `rollout.html`, a page that loads its viewer from the network.
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.random as jr
@@ -23,7 +24,7 @@ from spg.training import cli, films, options, plots
 
 @dataclass(frozen=True)
 class Config:
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """directory of a run"""
     episodes: int = 100
     """of each seed, sampled and noise-free"""

@@ -121,10 +121,12 @@ def test_a_panel_holds_internal_states_of_every_form():
     assert films._columns(()).size == films._columns(np.zeros((3, 0))).size == 0
 
 
-def test_a_brax_policy_is_played_on_a_page(tmp_path):
+def test_a_brax_policy_is_played_on_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(films, "MOST", 3)
     env, kernel = opened("brax/inverted_pendulum", backend="positional")
-    films.save_page(jax.tree.map(lambda x: x[None], kernel), env, tmp_path, num_steps=3)
-    page = (tmp_path / "rollout.html").read_text()
+    written = films.save(kernel, env, tmp_path, title="", key=jr.key(0))
+    assert [path.name for path in written] == ["rollout.png", "rollout.html"]
+    page = written[1].read_text()
     assert "<html>" in page
     assert len(page) > 1_000  # the compressed states
 

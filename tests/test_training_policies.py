@@ -127,7 +127,7 @@ def saved(ring, tmp_path_factory) -> Path:
         ("config.json", lambda data: data.replace(b'"z_size": 4', b'"z_size": 3'),
          r"kernels.npz is of another version .*gru.bias has shape \(2, 12\) there, \(2, 9\) here"),
         ("config.json", lambda data: data.replace(b"z_size", b"zsize"),
-         r"config.json is of another version of the code, .*z_size"),
+         r"the run is of another version of the code, .* lacks z_size"),
         ("config.json", lambda data: data.replace(b"ringworld-pomdp", b"ringwrld-pomdp"),
          r"unknown environment 'ringwrld-pomdp'; did you mean 'ringworld-pomdp'"),
     ],

@@ -128,7 +128,8 @@ def make(
 def _state_view(env: Environment) -> View:
     """What makes the process Markov. Gymnax's and Brax's physics show positions and velocities.
 
-    (Brax's spring and positional joints give way a little, which its observations do not show.)
+    (The joints of Brax's spring and positional backends give way a little, which no observation of
+    joints shows.)
     """
     physics = env.name in _VELOCITY_FIELDS or isinstance(env, Brax)
     return own if physics else own_and_state

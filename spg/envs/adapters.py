@@ -1,4 +1,4 @@
-"""`Adapter`: what the policy and the critic see of an environment, and how they act in it."""
+"""`Adapter`: what the policy and the critic see of an environment, and how a policy acts there."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,10 +25,10 @@ class AdapterState(NamedTuple):
 class Adapter(Environment):
     """Flat float32 observations and actions in [-1, 1]; a Gymnax environment around another.
 
-    Only `step_env` and `reset_env` are wrapped: the single auto-reset and the final observation are
-    those of Gymnax's own `step`. States keep one set of dtypes, so that they can be carried by a
-    scan in 64-bit mode too. (There Freeway, DiscountingChain, MetaMaze and GaussianBandit of Gymnax
-    1.0.1 cannot run: they mix 32 and 64 bits within their own transition.)
+    The adapter wraps `step_env` and `reset_env` alone. Gymnax's own `step` makes the single
+    auto-reset and the final observation. States keep one set of dtypes, so that a scan can carry
+    them in 64-bit mode too. (In that mode Freeway, DiscountingChain, MetaMaze and GaussianBandit of
+    Gymnax 1.0.1 cannot run: they mix 32 and 64 bits within their own transition.)
     """
 
     def __init__(
@@ -105,11 +105,11 @@ class Adapter(Environment):
         return spaces.Box(-1.0, 1.0, (self.num_actions,), jnp.float32)
 
     def observation_space(self, params: Any = None) -> spaces.Box:
-        """What the policy sees; `critic_size` is for the critic."""
+        """The space of what the policy sees; `critic_size` is for the critic."""
         return spaces.Box(-jnp.inf, jnp.inf, (self._obs_sizes[0],), jnp.float32)
 
     def critic_size(self, params: Any = None) -> int:
-        """Size of what the critic sees, which is what the policy sees unless `privileged`."""
+        """Size of what the critic sees: the same as the policy, unless `privileged`."""
         return self._obs_sizes[-1]
 
     def spec(self, params: Any = None) -> Spec:
@@ -129,7 +129,7 @@ class Adapter(Environment):
         )
 
     def _convert(self, action: ArrayLike, params: Any) -> tuple[Array, Float[Array, " A"]]:
-        """The action as the environment takes it, and as a vector."""
+        """The action in the environment's own form, and as a vector."""
         space = self.inner.action_space(params)
         if isinstance(space, spaces.Discrete):
             action = jnp.asarray(action, space.dtype)

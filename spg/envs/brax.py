@@ -1,11 +1,11 @@
 """Brax behind the Gymnax contract.
 
-Each episode starts from its own reset, drawn in every step and used where an episode ended.
+Each episode starts from a reset of its own: every step draws one, used where an episode ended.
 Measured on a 2-core CPU with 64 environments on the spring backend (scans of 32 random steps,
 interleaved, medians of 9): 27 500 steps/s without any reset, 25 800 with this one (7 % more time)
 and 27 900 with one start per slot refreshed every 32 steps, for ant; 17 600, 16 500 (7 %) and
-18 100 for halfcheetah. The refreshed start is free, but repeats starts within its 32 steps and
-needs a hook outside `step`; so the fresh reset stays.
+18 100 for halfcheetah. The refreshed start costs nothing, but repeats starts within
+its 32 steps and needs a hook outside `step`; so the fresh reset stays.
 """
 
 import contextlib
@@ -103,7 +103,7 @@ def arguments(name: str) -> list[str]:
 
 
 def load(name: str, backend: str | None, **keywords: Any) -> Brax:
-    """Open `name`; without a backend on spring, the fastest on a CPU, where Brax offers it."""
+    """Open `name`. The default backend is spring, the fastest on a CPU, where Brax has it."""
     with _quiet():
         from brax import envs
 
@@ -141,7 +141,8 @@ def velocity_entries(env: Brax) -> np.ndarray | None:
 def render(env: Brax, states: BraxState) -> str:
     """A page that plays `states`, `[T, ...]`, at the speed of the world.
 
-    The page loads its viewer from Brax's server, so that it needs a network to be looked at.
+    A browser needs a network to show the page, which loads Brax's viewer from jsdelivr and three.js
+    from unpkg: no package that `spg` depends on has three.js as the module that the viewer imports.
     """
     with _quiet():
         from brax.io import html

@@ -1,4 +1,4 @@
-"""A game of recall: cards are shown one by one, and asked for later in another order."""
+"""A game of recall: cards are shown one by one; later the game asks for them in another order."""
 
 from typing import Any, NamedTuple
 

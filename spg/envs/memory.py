@@ -1,4 +1,4 @@
-"""Two tasks in which one early observation decides the reward, at a distance that is dialled."""
+"""Two tasks in which one early observation decides the reward much later; one sets how much."""
 
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ class TMazeParams:
 
     @property
     def max_steps_in_episode(self) -> Any:
-        """The horizon follows from the length; it is part of the task and cannot be set apart."""
+        """The horizon, which follows from the length and cannot be set apart."""
         return self.length + 1
 
 
@@ -118,7 +118,7 @@ class RepeatFirstParams:
 
     @property
     def max_steps_in_episode(self) -> Any:
-        """The horizon follows from the delay; it is part of the task and cannot be set apart."""
+        """The horizon, which follows from the delay and cannot be set apart."""
         return self.delay + 2
 
 

@@ -1,4 +1,4 @@
-"""Finite-state controllers: the start of a training, their file, what they do in the long run."""
+"""Finite-state controllers: the start of a training, a file, the behaviour in the long run."""
 
 import zipfile
 from pathlib import Path
@@ -18,7 +18,7 @@ Stationary = Float[Array, "S G"] | Float[np.ndarray, "S G"]  # d(s, g), stationa
 
 
 class Edge(NamedTuple):
-    """All that leads from I-state g to h, its observations by falling probability."""
+    """All that leads from I-state g to h, with the observations by falling probability."""
 
     source: int
     target: int
@@ -53,7 +53,7 @@ def save(path: Path, kernel: Kernel, problem: Problem, stationary: Stationary) -
 def load(path: Path) -> Kernel:
     """The controller that `save` wrote, as a table kernel of the same distributions.
 
-    A probability of 0 becomes a logit of -745: its exponential vanishes, gradients stay finite.
+    A probability of 0 becomes a logit of -745: the exponential vanishes, gradients stay finite.
     Raises ValueError if the file holds something else.
     """
     try:

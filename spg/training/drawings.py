@@ -107,7 +107,7 @@ def _mountain_car(axes: Axes, s: Any, params: Any) -> Callable[[int], None]:
 
 
 def _points(position: str, goal: str, hazards: str = "") -> Callable:
-    """A point, its way so far, where to go, and what to keep away from."""
+    """A point, the way so far, where to go, and what to keep away from."""
 
     def start(axes: Axes, s: Any, params: Any) -> Callable[[int], None]:
         x, target = (np.asarray(vars(s)[name]) for name in (position, goal))

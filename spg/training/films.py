@@ -34,8 +34,8 @@ class Panel(NamedTuple):
 def save(kernel: Kernel, env: Env, out: Path, *, title: str, key: PRNGKeyArray) -> list[Path]:
     """Write `rollout.png`, for Brax also `rollout.html`, for Gymnax's physics `rollout.gif`.
 
-    In the picture time goes to the right, and a vertical line opens an episode. The page loads its
-    viewer from the network.
+    In the picture time goes to the right, and a vertical line opens an episode. The page loads
+    Brax's viewer from the network.
     """
     from spg.envs import Brax, render  # here: importing gymnax starts JAX's backend
 

@@ -41,13 +41,14 @@ def save_best(kernels: Kernel, problem: Problem, out: Path) -> None:
 
 
 def draw(path: Path, kernel: Kernel, problem: Problem, stationary: Stationary, title: str) -> None:
-    """Draw a controller as a graph, `controller.png`; no file if it visits more than 24 I-states.
+    """Draw a controller as a graph, `controller.png`, if it visits at most 24 I-states.
 
-    Shown are I-states with Pr(g) > 0.1 %, by number and Pr(g), that of z0 with a double ring. Of
-    the edges that carry over 1 % of the visits to their source, the best into and out of each
-    I-state and then the most probable ones, at most thirty or three per I-state. Their width grows
-    with Pr(g, h); they and their labels have the colour of the source. A label lists up to six
-    observations, of more than that the first three, or fewer for want of room, and then '+n'.
+    The graph shows I-states with Pr(g) > 0.1 %, with number and Pr(g); a double ring marks z0. Of
+    the edges that carry over 1 % of the visits to their source, the graph shows the best into and
+    out of each I-state and then the most probable ones, at most thirty or three per I-state. The
+    width of an edge grows with Pr(g, h); edges and labels have the colour of the source. A label
+    lists up to six observations; of more than six the first three, or fewer where room is short,
+    and then '+n'.
     """
     seen = visits(problem.pomdp, stationary)
     share, z0 = seen.sum(0), int(kernel.z0)
@@ -119,7 +120,7 @@ def _ring(share: np.ndarray, every: list[Edge], z0: int) -> list[int]:
 
 
 def _curve(start: np.ndarray, end: np.ndarray, outward: np.ndarray) -> Float[np.ndarray, "N 2"]:
-    """Points of an arrow from circle to circle that bends to its left; of a loop, outward."""
+    """Points of an arrow from circle to circle that bends to the left; of a loop, outward."""
     t, loop = np.linspace(0, 1, 200)[:, None], np.all(start == end)
     along = outward if loop else end - start
     u = 0.42 - 0.26 * np.cos(2 * np.pi * t) if loop else t

@@ -45,9 +45,9 @@ def interval(
 
 
 class Curve(NamedTuple):
-    """Returns of one run against environment steps: while training, and of its evaluations.
+    """Returns of one run against environment steps: while training, and in evaluations.
 
-    Or, by `unit` and `measure`, average rewards, against updates.
+    With other words in `unit` and `measure`, these are average rewards against updates.
     """
 
     label: str
@@ -60,7 +60,7 @@ class Curve(NamedTuple):
 
 
 class Final(NamedTuple):
-    """What one method reaches at last: over the seeds, and of its noise-free policy."""
+    """What one method reaches at the end: the sampled policy, and the noise-free one."""
 
     label: str
     iqm: float
@@ -73,8 +73,7 @@ def learning_curve(path: Path, curves: list[Curve], *, title: str) -> None:
     """Draw curves, one colour each: the sampled policy solid, the noise-free one dashed.
 
     Lines are interquartile means over seeds, bands 95 % bootstrap intervals of the sampled policy.
-    More than eight methods are drawn by `final_returns` instead, each by the last tenth of its
-    curve.
+    Of more than eight methods `final_returns` draws the last tenth of each curve instead.
     """
     num_seeds = len(curves[0].returns)
     seeds = f"IQM and 95 % interval of {num_seeds} seeds" if num_seeds > 1 else "one seed"
@@ -114,7 +113,7 @@ def learning_curve(path: Path, curves: list[Curve], *, title: str) -> None:
 
 
 def final_returns(path: Path, finals: list[Final], *, measure: str, title: str) -> None:
-    """Draw what each of many methods reaches, the best on top: a point with its interval."""
+    """Draw what each of many methods reaches, a point and an interval, with the best on top."""
     order = sorted(finals, key=lambda final: final.iqm)
     figure = Figure(figsize=(6.4, 1.2 + 0.24 * len(order)), layout="constrained")
     axes = figure.subplots()

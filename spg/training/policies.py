@@ -53,27 +53,21 @@ def save(out: Path, kernels: PyTree) -> None:
 
 
 def load(run: str | Path, *, make: Callable[..., Kernel] = make_kernel) -> Run:
-    """Open the directory of a run of one of the scripts: its configuration, environment, kernels.
+    """Open the directory that a script's run left: the configuration, environment, and kernels.
 
-    `make(config, spec, key=key)` is for a run whose script made a kernel of its own in this way; no
-    more than the shapes of that kernel are used. Raises ValueError if there is no run, or if its
-    files are damaged or of another version of the code.
+    If the script made kernels in another way than `make_kernel`, `make(config, spec, key=key)` is
+    that way; only the shapes of the kernel are used. Raises ValueError if the directory holds no
+    run, or if files are damaged or of another version of the code.
     """
     run = Path(run)
-    if not (run / "config.json").is_file():
-        raise ValueError(f"{run} holds no run: there is no config.json")
-    if not (run / "kernels.npz").is_file():
-        raise ValueError(f"{run} holds no policies: there is no kernels.npz")
+    for name, what in (("config.json", "run"), ("kernels.npz", "policies")):
+        if not (run / name).is_file():
+            raise ValueError(f"{run} holds no {what}: there is no {name}")
     try:
         config = json.loads((run / "config.json").read_text())
-        env, shapes = _open(config, make)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{run / 'config.json'} is damaged: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{run / 'config.json'} is of another version of the code, or of a script without "
-            f"policies: {error}"
-        ) from error
+    env, shapes = _open(config, make)
     return Run(config, env, _read(run / "kernels.npz", shapes, config["num_seeds"]))
 
 
@@ -102,7 +96,13 @@ def _open(config: dict[str, Any], make: Callable[..., Kernel]) -> tuple[Env, PyT
 
 def _part(kind: type[C], config: dict[str, Any]) -> C:
     """The fields that `kind` has. JSON has no tuples."""
-    values = {f.name: config[f.name] for f in dataclasses.fields(kind)}  # pyright: ignore
+    names = [f.name for f in dataclasses.fields(kind)]  # pyright: ignore
+    if missing := ", ".join(name for name in names if name not in config):
+        raise ValueError(
+            f"the run is of another version of the code, or of a script that is not known here: "
+            f"its configuration lacks {missing}"
+        )
+    values = {name: config[name] for name in names}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
