@@ -12,9 +12,9 @@ from spg.kernels.critics import Critic
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.finite import expected_kernel, random_controller
 from spg.kernels.held import held_kernel
-from spg.kernels.networks import Identity, Normalizer, learned
+from spg.kernels.networks import Identity, Normalizer, trainable
 from spg.types import Spec
-from spg.worlds.ringworld import ringworld
+from spg.worlds.markov import ringworld
 
 RING = ringworld()
 SPEC = Spec(
@@ -68,7 +68,7 @@ def is_fixed(path):
 @pytest.mark.parametrize("name", KERNELS)
 def test_floats_are_learned_but_for_statistics_starts_and_models(name):
     kernel = KERNELS[name]()
-    marks = jax.tree.leaves(learned(kernel))
+    marks = jax.tree.leaves(trainable(kernel))
     for (path, leaf), mark in zip(jax.tree.leaves_with_path(kernel), marks, strict=True):
         assert mark == (eqx.is_inexact_array(leaf) and not is_fixed(path)), path
     assert any(marks)
@@ -82,7 +82,7 @@ def test_weight_decay_moves_what_is_learned_and_nothing_else(name):
 
     @jax.jit
     def step(agent):
-        params = eqx.filter(agent, learned(agent))
+        params = eqx.filter(agent, trainable(agent))
         optimiser = optax.adamw(0.1, weight_decay=0.5)
         gradient = jax.tree.map(jnp.ones_like, params)
         updates, _ = optimiser.update(gradient, optimiser.init(params), params)
@@ -96,13 +96,13 @@ def test_weight_decay_moves_what_is_learned_and_nothing_else(name):
             assert not np.any(np.asarray(old) == np.asarray(new)), path
 
 
-def test_learned_marks_by_type_in_any_container():
+def test_trainable_marks_by_type_in_any_container():
     tree = {"a": [Normalizer(2), jnp.ones(2)], "b": (None, jnp.arange(2), 3.0, Identity())}
-    marks = learned(tree)
+    marks = trainable(tree)
     assert jax.tree.structure(marks) == jax.tree.structure(tree)
     assert jax.tree.leaves(marks) == [False] * 3 + [True, False, False]
-    assert learned(jnp.ones(2))
-    assert not learned(jnp.arange(2))
+    assert trainable(jnp.ones(2))
+    assert not trainable(jnp.arange(2))
 
 
 # --- statistics
