@@ -29,6 +29,7 @@ from spg.exact.gamp import gamp_gradient, long_run
 from spg.exact.solvers import bicgstab, gmres, krylov_bias, krylov_stationary, power, richardson
 from spg.kernels.finite import noise_free
 from spg.kernels.kernel import Kernel
+from spg.kernels.networks import trainable
 from spg.rollout import Evaluation
 from spg.training import cli, controllers, graphs, loop, metrics, options
 from spg.training.loop import Report, State
@@ -77,7 +78,7 @@ def adam(config: Config) -> optax.GradientTransformation:
 
 def init(config: Config, problem: Problem, key: PRNGKeyArray) -> State:
     kernel = controllers.make(config, problem, key=key)
-    params = eqx.filter(kernel, eqx.is_inexact_array)
+    params = eqx.filter(kernel, trainable(kernel))
     start = conjugate.init if config.optimiser == "conjugate" else adam(config).init
     return State(Learned(kernel, start(params)), (), key)
 
@@ -85,13 +86,13 @@ def init(config: Config, problem: Problem, key: PRNGKeyArray) -> State:
 def step(config: Config, problem: Problem, state: State) -> tuple[State, Report]:
     """One gradient, at a trial point of the line search or where Adam stands."""
     kernel, ascent = state.learned
-    params, static = eqx.partition(kernel, eqx.is_inexact_array)
+    params, static = eqx.partition(kernel, trainable(kernel))
     settings = conjugate.Settings(bound=config.bound)
     if config.optimiser == "conjugate":
         params = conjugate.ask(ascent, settings)
     kernel = eqx.combine(params, static)
     gradient, solution = gamp_gradient(kernel, problem.pomdp, **SOLVERS[config.solver])
-    gradient, value = eqx.filter(gradient, eqx.is_inexact_array), solution.average_reward
+    gradient, value = eqx.filter(gradient, trainable(kernel)), solution.average_reward
     if config.optimiser == "conjugate":
         ascent = conjugate.tell(ascent, settings, value, gradient)
         params, value = ascent.params, ascent.value

@@ -30,6 +30,7 @@ from spg.estimators.returns import gae
 from spg.exact import conjugate
 from spg.kernels.finite import expected_kernel
 from spg.kernels.kernel import Kernel
+from spg.kernels.networks import trainable
 from spg.rollout import Carry, Evaluation, evaluation, reset, rollout
 from spg.training import cli, controllers, loop, options
 from spg.training.loop import Report, State
@@ -108,7 +109,7 @@ def num_places(config: Config, problem: Problem) -> int:
 def init(config: Config, problem: Problem, env: Env, key: PRNGKeyArray) -> State:
     kernel_key, reset_key, key = jr.split(key, 3)
     kernel = controllers.make(config, problem, key=kernel_key)
-    params = eqx.filter(kernel, eqx.is_inexact_array)
+    params = eqx.filter(kernel, trainable(kernel))
     start = conjugate.init if config.optimiser == "conjugate" else adam(config).init
     table = jnp.zeros((config.num_z, num_places(config, problem)))
     carry = jax.vmap(lambda key: reset(acting(config, kernel), env, key=key))(
@@ -158,7 +159,7 @@ def step(config: Config, problem: Problem, env: Env, state: State) -> tuple[Stat
     """One gradient, at a trial point of the line search or where Adam stands."""
     key, rollout_key = jr.split(state.key)
     kernel, ascent = state.learned
-    params, static = eqx.partition(kernel, eqx.is_inexact_array)
+    params, static = eqx.partition(kernel, trainable(kernel))
     settings = conjugate.Settings(
         tolerance=config.tolerance, stop=0.0, bound=config.bound, safeguard=False
     )
@@ -169,7 +170,7 @@ def step(config: Config, problem: Problem, env: Env, state: State) -> tuple[Stat
     rollout_keys = jr.split(rollout_key, config.num_envs)
     carry, trajs, _ = jax.vmap(lambda c, k: run(c, key=k))(state.world.carry, rollout_keys)
     gradient, baseline = estimate(config, problem, kernel, state.world.baseline, trajs)
-    gradient, value = eqx.filter(gradient, eqx.is_inexact_array), trajs.reward.mean()
+    gradient, value = eqx.filter(gradient, trainable(kernel)), trajs.reward.mean()
     if config.optimiser == "conjugate":
         ascent = conjugate.tell(ascent, settings, value, gradient)
         params = ascent.params

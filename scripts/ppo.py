@@ -29,7 +29,7 @@ from spg.estimators.surrogate import ppo_surrogate
 from spg.kernels.critics import Critic
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
-from spg.kernels.networks import learned
+from spg.kernels.networks import trainable
 from spg.rollout import reset, rollout
 from spg.scans import divisors, shuffle, split_segments
 from spg.training import cli, loop, options
@@ -40,7 +40,7 @@ from spg.types import Env, critic_view, policy_view
 @dataclass(frozen=True)
 class Config(options.EnvConfig, PolicyConfig, options.RunConfig):
     total_steps: int = 2_000_000
-    """environment steps of each seed"""
+    """environment steps of each seed, after a first rollout for the statistics of observations"""
     num_envs: int = 64
     num_steps: int = 128
     """T, steps of each environment between updates"""
@@ -92,7 +92,7 @@ def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
     agent = Agent(
         start_statistics(kernel, policy_view(obs)), start_statistics(critic, critic_view(obs))
     )
-    opt_state = optimiser(config).init(eqx.filter(agent, learned(agent)))
+    opt_state = optimiser(config).init(eqx.filter(agent, trainable(agent)))
     return State(Learned(*agent, opt_state), carry, key)
 
 
@@ -146,7 +146,7 @@ def gradient_step(
 ) -> tuple[tuple[Agent, optax.OptState], dict[str, Array]]:
     """Adam on one minibatch of segments."""
     agent, opt_state = state
-    params, fixed = eqx.partition(agent, learned(agent))
+    params, fixed = eqx.partition(agent, trainable(agent))
 
     def loss(params):
         agent = eqx.combine(params, fixed)
@@ -185,9 +185,10 @@ def make(config: Config) -> loop.Algorithm:
             f"{config.num_envs} x {config.num_steps} steps"
         )
     env = options.make_env(config, oracle=config.memory == "oracle")
+    steps = config.num_envs * config.num_steps
     return cli.in_episodes(
         config, env, "PPO", name="ppo", init=init, step=step,
-        num_updates=config.num_updates, steps_per_update=config.num_envs * config.num_steps,
+        num_updates=config.num_updates, steps_per_update=steps, first_steps=steps,
     )  # fmt: skip
 
 

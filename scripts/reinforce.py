@@ -28,7 +28,7 @@ from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
 from spg.estimators.statistics import observe, start_statistics
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
-from spg.kernels.networks import learned
+from spg.kernels.networks import trainable
 from spg.rollout import reset, rollout
 from spg.training import cli, loop, options
 from spg.training.loop import Report, State
@@ -76,7 +76,7 @@ def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
     kernel_key, episode_key, key = jr.split(key, 3)
     kernel = make_kernel(config, env.spec, key=kernel_key)
     kernel = start_statistics(kernel, policy_view(episodes(config, env, kernel, episode_key).obs))
-    opt_state = optimiser(config, env).init(eqx.filter(kernel, learned(kernel)))
+    opt_state = optimiser(config, env).init(eqx.filter(kernel, trainable(kernel)))
     return State(Learned(kernel, opt_state), (), key)
 
 
@@ -107,8 +107,8 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     else:
         ascent = episodic_gpomdp(kernel, trajs, discounted, alive * 1.0, segment_length=length)
 
-    params = eqx.filter(kernel, learned(kernel))
-    descent = jax.tree.map(jnp.negative, eqx.filter(ascent, learned(kernel)))
+    params = eqx.filter(kernel, trainable(kernel))
+    descent = jax.tree.map(jnp.negative, eqx.filter(ascent, trainable(kernel)))
     updates, opt_state = optimiser(config, env).update(descent, opt_state, params)
     kernel = observe(eqx.apply_updates(kernel, updates), kernel, trajs)
     report = Report(
@@ -134,10 +134,10 @@ def make(config: Config) -> loop.Algorithm:
             f"total_steps {config.total_steps} is less than one update of {config.num_envs} "
             f"episodes of {horizon(config, env)} steps"
         )
+    steps = config.num_envs * horizon(config, env)
     return cli.in_episodes(
         config, env, config.estimator, name="reinforce", init=init, step=step,
-        num_updates=num_updates(config, env),
-        steps_per_update=config.num_envs * horizon(config, env),
+        num_updates=num_updates(config, env), steps_per_update=steps, first_steps=steps,
     )  # fmt: skip
 
 

@@ -1,3 +1,4 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -7,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from spg.distributions import Categorical, Delta, Normal, TanhNormal
+from spg.distributions import (
+    Categorical,
+    Delta,
+    Normal,
+    TanhNormal,
+    log_from_std,
+    std_from_log,
+)
+from spg.kernels.heads import NormalHead
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -78,6 +87,11 @@ LAWS = {
     "tanh_normal": lambda: TanhNormal(jnp.array([1.0, -0.5]), jnp.array([0.2, 0.7])),
     "categorical": lambda: Categorical(jnp.array([0.3, -1.0, 1.2])),
 }
+OTHERS = {
+    "delta": lambda: Delta(jnp.array([1.0, 2.0])),
+    "complex": lambda: Normal(jnp.array([1.0 + 2j, -0.5j]), jnp.array([0.2, 2.0])),
+    "support": lambda: Categorical(jnp.array([0.3, -1.0, 1.2]), jnp.array([4, 1, 7])),
+}
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -124,3 +138,135 @@ def test_the_score_has_mean_zero(name):
     scores = jax.vmap(score)(jr.split(jr.key(2), 20_000))
     for s in map(np.asarray, jax.tree.leaves(scores)):
         assert (np.abs(s.mean(0)) < 4 * s.std(0) / len(s) ** 0.5 + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", [*LAWS, *OTHERS])
+def test_sample_and_log_prob_is_the_sample_of_the_key_and_its_log_prob(name):
+    law = (LAWS | OTHERS)[name]()
+    for key in jr.split(jr.key(3), 3):
+        x, log_prob = law.sample_and_log_prob(key=key)
+        assert np.array_equal(x, law.sample(key=key))
+        assert np.allclose(log_prob, law.log_prob(x), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["normal", "tanh_normal", "complex"])
+def test_sample_and_log_prob_is_reparameterised(name):
+    """For the same key: derivatives in loc and std against central differences."""
+    law, key, step = (LAWS | OTHERS)[name](), jr.key(4), 1e-6
+
+    @jax.jit
+    def draw(shift):
+        moved = type(law)(law.loc + shift[0], law.std + shift[1])
+        x, log_prob = moved.sample_and_log_prob(key=key)
+        return jnp.append(jnp.concatenate([x.real, x.imag]), log_prob)
+
+    zero = jnp.zeros((2, 2))
+    jacobian = jax.jacobian(draw)(zero)
+    assert np.any(jacobian[:2, 0])
+    for i in np.ndindex(2, 2):
+        there, back = (draw(zero.at[i].set(s)) for s in (step, -step))
+        assert np.allclose(jacobian[:, *i], (there - back) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+def test_a_complex_normal_is_two_real_ones():
+    law = OTHERS["complex"]()
+    parts = [Normal(part, law.std) for part in (law.loc.real, law.loc.imag)]
+    x = jnp.array([1.1 + 1.5j, 2.0 - 3j])
+    truth = parts[0].log_prob(x.real) + parts[1].log_prob(x.imag)
+    assert np.allclose(law.log_prob(x), truth, rtol=1e-12)
+    assert np.allclose(law.entropy(), parts[0].entropy() + parts[1].entropy(), rtol=1e-12)
+    noise = jax.vmap(lambda key: law.sample(key=key))(jr.split(jr.key(5), 40_000)) - law.loc
+    noise = np.concatenate([noise.real, noise.imag], 1) / np.tile(law.std, 2)
+    error = 4 / len(noise) ** 0.5
+    assert np.abs(noise.mean(0)).max() < error
+    assert np.abs(noise.T @ noise / len(noise) - np.eye(4)).max() < 2 * error
+
+
+# --- single precision at the edge of tanh
+
+
+def single(x):
+    return jnp.asarray(x, jnp.float32)
+
+
+@pytest.mark.parametrize("loc", [0.0, 7.0, 9.0, 12.0, -30.0])
+def test_tanh_normal_takes_log_prob_from_the_u_that_it_sampled(loc):
+    """Against float64 at the u of the same key, which tanh rounds to 1 from 9 on."""
+    loc, std = single([loc]), single([1.5])
+    for key in jr.split(jr.key(6), 5):
+        x, log_prob = TanhNormal(loc, std).sample_and_log_prob(key=key)
+        u = np.float64(Normal(loc, std).sample(key=key))
+        log_slope = 2 * (np.log(2) - np.abs(u) - np.log1p(np.exp(-2 * np.abs(u))))
+        truth = stats.norm(np.float64(loc), 1.5).logpdf(u) - log_slope
+        assert np.allclose(x, np.tanh(u), rtol=0, atol=2**-23)
+        assert np.allclose(log_prob, truth, rtol=1e-5, atol=1e-5)
+
+
+def edge_truth(x, loc, std):
+    """log p and score of a float32 x in float64; of ±1 the mean density of what rounds to it."""
+    law = stats.norm(loc, std)
+    if abs(x) < 1:
+        u = np.arctanh(np.float64(x))
+        return law.logpdf(u) + 2 * np.log(np.cosh(u)), (u - loc) / std**2
+    edge = np.sign(x) * np.arctanh(1 - 2.0**-25)
+    tail = law.logsf(edge) if x > 0 else law.logcdf(edge)
+    return tail + 25 * np.log(2), np.sign(x) * np.exp(law.logpdf(edge) - tail)
+
+
+@pytest.mark.parametrize("below", [0, 1, 2, 100])  # how many floats below 1
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_tanh_normal_scores_what_a_float_tells(below, sign):
+    x = single(sign * (1 - below * 2.0**-24))
+    score = jax.jit(
+        jax.value_and_grad(lambda loc, std: TanhNormal(loc, std).log_prob(x[None])),
+    )
+    for loc, std in [(0, 1), (8, 1), (12, 1), (12, 0.3), (-5, 2)]:
+        value, slope = score(single([loc]), single([std]))
+        truth = edge_truth(np.float64(x), loc, std)
+        assert np.allclose((value, slope[0]), truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loc", [6.0, 9.0, 12.0])
+def test_the_score_of_recorded_edges_has_mean_zero(loc):
+    """Of numbers rounded to float32: E u is 0.1 off at most where few floats are left."""
+    rng = np.random.default_rng(0)
+    x = single(np.tanh(loc + rng.normal(size=20_000)))
+    score = jax.grad(lambda loc, x: TanhNormal(loc, jnp.ones(1, jnp.float32)).log_prob(x[None]))
+    scores = jax.jit(jax.vmap(score, (None, 0)))(single([loc]), x)
+    assert abs(float(scores.mean())) < 0.05
+
+
+# --- standard deviations
+
+
+def test_std_from_log_is_bounded_and_its_gradient_lives():
+    log_std = jnp.array([-1e30, -25.0, -20.0, -1.0, 2.0, 5.0, 1e30])
+    std, slope = jax.vmap(jax.value_and_grad(std_from_log))(log_std)
+    truth = np.exp([-20, -20, -20, -1, 2, 2, 2])
+    assert np.allclose(std, truth, rtol=1e-12)
+    assert np.allclose(slope, truth, rtol=1e-12)
+
+
+@pytest.mark.parametrize("log_std", [-22.0, 4.0])
+def test_a_step_out_of_range_comes_back(log_std):
+    """Ascent of the likelihood of data of standard deviation 1/2."""
+    x = 0.5 * jr.normal(jr.key(0), (200, 1))
+    likelihood = lambda l: jax.vmap(Normal(jnp.zeros(1), std_from_log(l)).log_prob)(x).mean()
+    step = jax.jit(lambda l: l + 0.1 * jnp.sign(jax.grad(likelihood)(l)))
+    log_std = jnp.array([log_std])
+    for _ in range(300):
+        log_std = step(log_std)
+    assert abs(log_std[0] - np.log(0.5)) < 0.2
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0, 8.0, float("nan"), float("inf")])
+def test_a_std_out_of_range_is_refused(std):
+    with pytest.raises(ValueError, match=r"it has to be from 2.1e-09 to 7.4"):
+        NormalHead([2, 1], std=std, key=jr.key(0))
+    with pytest.raises(ValueError, match="state_std is"):
+        log_from_std(std, "state_std")
+
+
+def test_a_traced_std_is_taken_as_it_is():
+    head = eqx.filter_vmap(lambda std: NormalHead([2, 1], std=std, key=jr.key(0)))
+    assert np.allclose(head(jnp.array([0.1, 9.0])).log_std[:, 0], np.log([0.1, 9.0]))

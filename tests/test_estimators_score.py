@@ -344,6 +344,16 @@ def test_the_baseline_removes_a_constant_return():
     assert largest_difference(flat, jax.tree.map(jnp.zeros_like, flat)) < 1e-14
 
 
+def test_one_episode_is_refused():
+    """Its baseline would be its own return, and the estimate 0 whatever happened."""
+    with pytest.raises(ValueError, match="1 episode: the baseline is fitted"):
+        reinforce(jnp.ones((1, 3)), jnp.ones(1))
+    kernel = make_kernel("finite", jr.key(0))
+    trajs = jax.tree.map(lambda x: x[None], make_trajectory(kernel, jr.key(1)))
+    with pytest.raises(ValueError, match="1 episode: the baseline is fitted"):
+        episodic_gpomdp(kernel, trajs, trajs.reward, jnp.ones((1, 12)), segment_length=1)
+
+
 def test_a_parameter_without_a_score_has_no_gradient():
     score = jnp.stack([jnp.zeros(4), jnp.arange(4.0)], 1)
     out = reinforce(score, jnp.array([1.0, -2.0, 0.5, 3.0]))

@@ -25,7 +25,7 @@ def test_the_first_ratio_is_one_and_its_gradient_the_score_estimate(
     segments = split_segments(traj, segment_length)
     score = eqx.filter_jit(lambda kernel: jax.vmap(kernel.log_prob)(segments))
     old = score(kernel)
-    advantage = jr.normal(jr.key(2), old.log_prob.shape)
+    advantage = jr.normal(jr.key(2), old.joint.shape)
 
     def objective(kernel):
         return ppo_surrogate(score(kernel), old, advantage, clip=0.2).objective.sum()
@@ -74,7 +74,7 @@ def test_clipped_steps_have_no_gradient_only_where_the_clip_binds():
     slope = jax.grad(
         lambda x: ppo_surrogate(new._replace(z=x), old, advantage, clip=0.2).objective.sum()
     )(new.z)
-    ratio = np.exp(new.log_prob - old.log_prob)
+    ratio = np.exp(new.joint - old.joint)
     binds = ((advantage > 0) & (ratio > 1.2)) | ((advantage < 0) & (ratio < 0.8))
     assert 0 < binds.sum() < len(binds)
     assert np.array_equal(slope == 0, binds)
@@ -83,7 +83,7 @@ def test_clipped_steps_have_no_gradient_only_where_the_clip_binds():
 
 def test_clipped_counts_ratios_beyond_the_clip():
     new, old, advantage = scores(2)
-    ratio = np.exp(new.log_prob - old.log_prob)
+    ratio = np.exp(new.joint - old.joint)
     out = ppo_surrogate(new, old, advantage, clip=0.2)
     assert np.array_equal(out.clipped, (ratio > 1.2) | (ratio < 0.8))
 
@@ -109,3 +109,43 @@ def test_clip_can_be_vmapped():
     sweep = jax.jit(jax.vmap(lambda c: ppo_surrogate(new, old, advantage, clip=c).objective))(clips)
     plain = [ppo_surrogate(new, old, advantage, clip=float(c)).objective for c in clips]
     assert np.allclose(sweep, jnp.stack(plain), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("log_ratio", [-1e3, -100.0, 21.0, 100.0, 1e3])
+@pytest.mark.parametrize("advantage", [-2.0, 2.0])
+def test_a_ratio_beyond_the_range_of_exp_is_finite_and_points_back(log_ratio, advantage, dtype):
+    """Beyond e^20 the objective is the tangent of exp there, clipped as before."""
+    zero, advantage = jnp.zeros((), dtype), jnp.asarray(advantage, dtype)
+    old = LogProb(zero, zero, zero)
+
+    def both(x):
+        out = ppo_surrogate(LogProb(zero, x, zero), old, advantage, clip=0.2)
+        return out.objective, out
+
+    slope, out = jax.grad(both, has_aux=True)(jnp.asarray(log_ratio, dtype))
+    assert all(np.isfinite(x) for x in (slope, *out))
+    assert out.clipped == 1
+    assert min(out.kl, out.kl_action, out.kl_z) >= 0
+    if log_ratio < 0:
+        assert np.allclose((out.kl, out.kl_action), -1 - log_ratio)  # ratio - 1 - log ratio
+        assert np.allclose(out.objective, 0 if advantage > 0 else -1.6)
+        assert np.allclose(slope, 0, atol=1e-40)
+    else:
+        ratio = np.exp(20.0) * (1 + log_ratio - 20)
+        assert np.isclose(out.kl, ratio - 1 - log_ratio, rtol=1e-5)
+        if advantage > 0:
+            assert np.isclose(out.objective, 2.4)
+            assert slope == 0
+        else:
+            assert np.isclose(out.objective, -2 * ratio, rtol=1e-5)
+            assert np.isclose(slope, -2 * np.exp(20.0), rtol=1e-5)
+
+
+def test_the_bound_on_the_ratio_has_no_kink():
+    x = jnp.array([19.999999, 20.0, 20.000001])
+    old = LogProb(*3 * [jnp.zeros(3)])
+    objective = lambda x: ppo_surrogate(old._replace(z=x), old, -jnp.ones(3), clip=0.2).objective
+    assert np.allclose(objective(x), -np.exp(x), rtol=1e-11)
+    slope = jax.grad(lambda x: objective(x).sum())(x)
+    assert np.allclose(slope, -np.exp(np.minimum(x, 20)), rtol=1e-11)

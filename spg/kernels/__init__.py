@@ -27,7 +27,7 @@ from spg.kernels.heads import CategoricalHead, FeatureHead, Head, NormalHead, Te
 from spg.kernels.held import Held, HeldHead, HeldState, certain_logits, held_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear, LinearUnit
-from spg.kernels.networks import MLP, Flat, Identity, Normalizer, learned
+from spg.kernels.networks import MLP, Flat, Identity, Normalizer, trainable
 from spg.kernels.seeds import Seed, SeedState, seed_start
 from spg.kernels.stack import Stack
 
@@ -77,7 +77,6 @@ __all__ = [
     "filter_cell",
     "finite_kernel",
     "held_kernel",
-    "learned",
     "make_kernel",
     "noise_free",
     "random_controller",
@@ -85,4 +84,5 @@ __all__ = [
     "seed_start",
     "start_distribution",
     "tables",
+    "trainable",
 ]

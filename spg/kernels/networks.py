@@ -1,4 +1,4 @@
-"""Small networks of arrays alone, statistics of what they read, and what of them is learned."""
+"""Small networks of arrays alone, statistics of what they read, and what of them is trained."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 FIXED = {"fixed": True}  # `x: Array = eqx.field(metadata=FIXED)`: no optimiser moves x
 
 
-def learned(tree: PyTree) -> PyTree[bool]:
+def trainable(tree: PyTree) -> PyTree[bool]:
     """What an optimiser may move: a tree of booleans like `tree`, for `eqx.partition`.
 
     True at every array of floats that is not below a field of a module which the module's class
@@ -27,7 +27,7 @@ def learned(tree: PyTree) -> PyTree[bool]:
             return eqx.is_inexact_array(child)
         if isinstance(path[0], jax.tree_util.GetAttrKey) and path[0].name in fixed:
             return jax.tree.map(lambda _: False, child)
-        return learned(child)
+        return trainable(child)
 
     return jax.tree_util.tree_map_with_path(mark, tree, is_leaf=lambda x: x is not tree)
 

@@ -68,6 +68,7 @@ class Algorithm(NamedTuple):
     export: Callable[[PyTree, Path], None]  # writes what else the seeds' `learned`, stacked, tell
     num_updates: int
     steps_per_update: int  # environment steps; 0 for exact gradients
+    first_steps: int = 0  # environment steps of `init`
     measure: Measure = RETURN  # what the score is
     sharded: bool = True  # over the devices by seed; GMRES of lineax 0.1.1 does not run so
 
@@ -103,8 +104,8 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
     like = jax.eval_shape(start, roots[:, 0])
     names = _names(algorithm.measure, jax.eval_shape(jax.vmap(algorithm.step), like.state)[1])
     table = Table(
-        out / "metrics.csv", seeds=numbers, steps_per_update=algorithm.steps_per_update,
-        metrics=names, measure=algorithm.measure,
+        out / "metrics.csv", seeds=numbers, first_steps=algorithm.first_steps,
+        steps_per_update=algorithm.steps_per_update, metrics=names, measure=algorithm.measure,
     )  # fmt: skip
     checkpoints = Checkpoints(out / "checkpoints")
     update, seeds = 0, None
@@ -174,7 +175,7 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
             seeds=numbers[finished].tolist(),
             diverged={int(numbers[i]): int(diverged[i]) for i in np.flatnonzero(diverged)},
             clock=clock,
-            env_steps=algorithm.num_updates * algorithm.steps_per_update,
+            env_steps=algorithm.first_steps + algorithm.num_updates * algorithm.steps_per_update,
             facts={"devices": [d.device_kind for d in shared], "jax": jax.__version__},
         )
 

@@ -58,11 +58,12 @@ class Table:
         path: Path,
         *,
         seeds: np.ndarray,
+        first_steps: int = 0,
         steps_per_update: int,
         metrics: list[str],
         measure: Measure,
     ):
-        self._path, self._seeds, self._steps = path, seeds, steps_per_update
+        self._path, self._seeds, self._steps = path, seeds, (first_steps, steps_per_update)
         self._metrics = metrics
         self.columns = ["update", "seed", "env_steps", *metrics, *measure.evaluated]
         self.mark = EMPTY
@@ -101,7 +102,8 @@ class Table:
                 values = [metrics[k][j, i] for k in self._metrics]
                 values += [x[j] for x in scores] if scores and i == count - 1 else [np.nan] * 2
                 cells = ["" if np.isnan(v) else f"{v:.8g}" for v in values]
-                writer.writerow([number, seed, number * self._steps, *cells])
+                steps = self._steps[0] + number * self._steps[1]
+                writer.writerow([number, seed, steps, *cells])
         self._write("ab", text.getvalue())
 
     def _write(self, mode: str, text: str) -> None:
