@@ -1,5 +1,7 @@
 """Annotations are enforced in every test, and problems that several test files share."""
 
+import gc
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +11,12 @@ from jaxtyping import install_import_hook
 install_import_hook("spg", "beartype.beartype")  # before anything imports spg
 matplotlib.use("Agg")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that tests can import scripts
+
+# compiling is most of the time: programs serve both workers, their subprocesses, and the next run
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import equinox as eqx  # noqa: E402
 import jax  # noqa: E402
@@ -30,10 +38,16 @@ from spg.worlds.models import DensePOMDP  # noqa: E402
 @pytest.fixture(scope="module")
 def float64():
     """Double precision for a whole test file, by `pytestmark = pytest.mark.usefixtures(...)`."""
-    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
     with jax.enable_x64(True):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """Compiled programs of a test file go with it, else a worker grows to gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @eqx.filter_jit  # compiled once: eager operations compile one by one
