@@ -16,6 +16,7 @@ from spg.estimators.statistics import joint_kl, start_statistics
 from spg.kernels.critics import Critic
 from spg.rollout import rollout
 from spg.training import options
+from spg.training.metrics import Table, read_metrics
 from spg.types import policy_view
 
 SMALL = {"num_envs": 16, "num_steps": 32, "num_minibatches": 8, "z_size": 8, "hidden": (16,)}
@@ -171,3 +172,22 @@ def test_a_gradient_step_of_ppo_survives_any_ratio():
         assert np.any(weight(after.critic) != weight(before.critic))
         moved = np.any(weight(after.kernel.head) != weight(before.kernel.head))
         assert moved == (shift > 0)  # a ratio of 0 has no gradient, as without a bound
+
+
+@pytest.mark.parametrize("script", [ppo, reinforce])
+def test_the_rollout_of_init_counts_as_environment_steps(script, tmp_path):
+    config = script.Config(num_envs=4, num_steps=8)
+    algorithm = script.make(config)
+    assert algorithm.first_steps == algorithm.steps_per_update == 32
+    table = Table(
+        tmp_path / "metrics.csv", seeds=np.arange(1), first_steps=algorithm.first_steps,
+        steps_per_update=32, metrics=["return"], measure=algorithm.measure,
+    )  # fmt: skip
+    table.start()
+    table.append(2, {"return": np.zeros((1, 2))})
+    assert read_metrics(tmp_path)["env_steps"].tolist() == [[64, 96]]
+
+
+def test_one_environment_of_reinforce_is_refused():
+    with pytest.raises(ValueError, match="num_envs is 1"):
+        reinforce.make(reinforce.Config(num_envs=1))
