@@ -19,7 +19,7 @@ import tyro
 from jaxtyping import Float
 
 import spg
-from spg.training import cli, films, options, plots
+from spg.training import cli, films, options, plots, terminal
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     arguments = tyro.cli(Config)
-    try:
-        main(arguments)
-    except (ValueError, OSError) as error:
-        cli.fail(error)
+    with terminal.interruptible():
+        try:
+            main(arguments)
+        except (ValueError, OSError) as error:
+            cli.fail(error)
