@@ -19,6 +19,7 @@ import tyro
 from jaxtyping import Float
 
 import spg
+from spg.limits import Count, Seed, check
 from spg.training import cli, films, options, plots, terminal
 
 
@@ -26,11 +27,11 @@ from spg.training import cli, films, options, plots, terminal
 class Config:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """directory of a run"""
-    episodes: int = 100
+    episodes: Count = 100
     """of each seed, sampled and noise-free"""
-    steps: int = 2_000
+    steps: Count = 2_000
     """after which an episode of a world without end is cut; there the average reward is measured"""
-    seed: int = 0
+    seed: Seed = 0
     """of the episodes"""
 
 
@@ -73,7 +74,7 @@ def span(x: Float[np.ndarray, " N"]) -> str:
 
 
 def main(config: Config) -> None:
-    options.check_positive(config, "episodes", "steps")
+    check(config)
     run, out = spg.load(config.run), Path(config.run)
     found = returns(config, run)
     with (out / "evaluation.csv").open("w", newline="") as file:
@@ -91,7 +92,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Config)
+    arguments = options.parse(Config)
     with terminal.interruptible():
         try:
             main(arguments)

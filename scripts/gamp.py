@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,6 +30,7 @@ from spg.exact.solvers import bicgstab, gmres, krylov_bias, krylov_stationary, p
 from spg.kernels.finite import noise_free
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import trainable
+from spg.limits import Count, Needs, Positive, Range, check
 from spg.rollout import Evaluation
 from spg.training import cli, controllers, graphs, loop, metrics, options
 from spg.training.loop import Report, State
@@ -38,13 +39,17 @@ from spg.worlds.models import POMDP, Problem
 
 @dataclass(frozen=True)
 class Config(options.ProblemConfig, options.RunConfig):
-    num_updates: int = 600
+    """The training, e.g. --num-updates 200 --optimiser adam --learning-rate 0.1"""
+
+    num_updates: Count = 600
     """gradients of each seed"""
+    eval_episodes: Annotated[Count, Needs()] = 16
+    """none: evaluations are exact"""
     optimiser: Literal["conjugate", "adam"] = "conjugate"
     """CONJPOMDP with GSEARCH, or Adam"""
-    learning_rate: float = 0.05
+    learning_rate: Annotated[Positive, Needs(optimiser="adam")] = 0.05
     """of Adam; falls linearly to 0"""
-    bound: float = 12.0
+    bound: Annotated[float, Range(0, 300, open="low", usual="5 to 20 is usual")] = 12.0
     """logits are kept in [-bound, bound], away from saturation"""
     solver: Literal["arnoldi", "gmres", "bicgstab", "damped"] = "arnoldi"
     """of the stationary law and of the Poisson equation (with arnoldi, by bicgstab and gmres)"""
@@ -144,9 +149,9 @@ def export(problem: Problem, learned: Learned, out: Path) -> None:
 
 def make(config: Config) -> loop.Algorithm:
     """What `loop.run` takes, in JAX's present precision. Raises ValueError for what cannot run."""
-    options.check_positive(config, "num_updates")
-    options.check_range(config, 0.0, float("inf"), "learning_rate", "bound")
+    check(config)
     problem = options.open_problem(config)
+    options.check_controller(config, problem, basis=20)
     return cli.of_controllers(
         problem,
         f"GAMP, {config.num_z} I-states, out-degree {config.out_degree}",

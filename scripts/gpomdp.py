@@ -16,7 +16,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -31,6 +31,7 @@ from spg.exact import conjugate
 from spg.kernels.finite import expected_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import trainable
+from spg.limits import Count, Fraction, Needs, NonNegative, Positive, Range, Total, check, fits
 from spg.rollout import Carry, Evaluation, evaluation, reset, rollout
 from spg.training import cli, controllers, loop, options
 from spg.training.loop import Report, State
@@ -40,34 +41,36 @@ from spg.worlds.models import Problem
 
 @dataclass(frozen=True)
 class Config(options.ProblemConfig, options.RunConfig):
+    """The training, e.g. --estimator istate --total-steps 2e6 --beta 0.9 --baseline reward"""
+
     estimator: Literal["istate", "exp", "exp-observations"] = "exp"
     """IState-GPOMDP; Exp-GPOMDP with the actions filtered; the same by observations alone, which is
     the gradient of another policy, and that one acts"""
-    total_steps: int = 10_000_000
+    total_steps: Total = 10_000_000
     """environment steps of each seed"""
-    num_envs: int = 100
+    num_envs: Count = 100
     """endless trajectories, side by side"""
-    num_steps: int = 200
+    num_steps: Count = 200
     """steps of each in a gradient"""
-    beta: float = 0.95
+    beta: Annotated[float, Range(0, 1, open="high")] = 0.95
     """discount of the eligibility trace"""
     baseline: Literal["none", "reward", "value", "state"] = "state"
     """subtract from the rewards their running mean; then also a running value of the I-state and
     the observation, or of the I-state and the hidden state, which the simulator knows"""
-    gae_lambda: float = 1.0
+    gae_lambda: Fraction = 1.0
     """below 1, an action is credited by later values too: generalised advantage, of the baseline"""
     optimiser: Literal["adam", "conjugate"] = "adam"
     """Adam, or CONJPOMDP with GSEARCH"""
-    learning_rate: float = 0.02
+    learning_rate: Annotated[Positive, Needs(optimiser="adam")] = 0.02
     """of Adam; falls linearly to 0"""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[NonNegative, Needs(optimiser="adam")] = 1e-8
     """added to the root mean square of a gradient's entry; where it dominates Adam is SGD, which
     leaves alone what has no gradient, as most of a large controller at a flat start"""
-    tolerance: float = 1e-6
+    tolerance: Annotated[NonNegative, Needs(optimiser="conjugate")] = 1e-6
     """of GSEARCH: inner products of gradients below it are noise"""
-    bound: float = 12.0
+    bound: Annotated[float, Range(0, 300, open="low", usual="5 to 20 is usual")] = 12.0
     """logits are kept in [-bound, bound], away from saturation"""
-    eval_steps: int = 2_000
+    eval_steps: Count = 2_000
     """length of the episodes of an evaluation"""
 
     @property
@@ -195,24 +198,18 @@ def make(config: Config) -> loop.Algorithm:
     """What `loop.run` takes. Raises ValueError for what cannot run."""
     from spg.envs import Tabular  # here: importing gymnax starts JAX's backend
 
-    options.check_positive(config, "num_envs", "num_steps", "eval_steps")
-    options.check_range(config, 0.0, 1.0, "beta", "gae_lambda")
-    options.check_range(
-        config, 0.0, float("inf"), "learning_rate", "adam_eps", "bound", "tolerance"
-    )
-    if config.beta == 1:
-        raise ValueError(f"beta is {config.beta}; it has to be below 1")
+    check(config)
     valued = config.baseline in ("value", "state")
     if config.gae_lambda < 1 and not valued:
         raise ValueError(f"gae_lambda {config.gae_lambda} needs --baseline value or state")
     if config.num_steps < 2 and valued:
         raise ValueError(f"num_steps is {config.num_steps}; this baseline needs at least 2")
-    if config.num_updates < 1:
-        raise ValueError(
-            f"total_steps {config.total_steps} is less than one update of "
-            f"{config.num_envs} x {config.num_steps} steps"
-        )
+    each = f"{config.num_envs} x {config.num_steps} steps"
+    options.check_updates(config, config.num_updates, each)
     problem = options.open_problem(config)
+    options.check_controller(config, problem)
+    size = 4 * config.num_seeds * config.num_envs * config.num_steps * (8 + config.num_z)
+    fits(size, f"{config.num_seeds} seeds x {each}", on_device=True)
     env = Tabular(problem.pomdp, privileged=config.baseline == "state")
     env = Env(env, env.default_params)
     return cli.of_controllers(

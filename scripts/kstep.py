@@ -4,8 +4,8 @@ DeWeese & Qu (2026). Every k and every run are one vmapped program. Mirror and p
 over laws of deterministic policies, with the step sizes of the theorem; product and mixture are
 softmax policies with their actions held, trained by Adam.
 
-    python scripts/kstep.py                                        # 40 random aggregated worlds
-    python scripts/kstep.py --problem chain --method product --gradient sampled --num-runs 10
+    python scripts/kstep.py                      # 40 random aggregated worlds
+    python scripts/kstep.py --problem chain --method product --gradient sampled
 """
 
 import csv
@@ -15,14 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-import tyro
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
@@ -30,38 +29,45 @@ from spg.estimators import gpomdp
 from spg.estimators import held as sampled
 from spg.exact import ascent, kstep
 from spg.kernels.held import certain_logits, held_kernel
+from spg.limits import Count, Needs, NonNegative, Positive, Range, Seed, check, fits
 from spg.rollout import reset, rollout
-from spg.training import cli, options, plots, records
+from spg.training import cli, options, plots, records, tables
 from spg.types import Env
 from spg.worlds.models import POMDP, Problem, SparsePOMDP, dense
+
+SOFTMAX = ("product", "mixture")  # methods of policies that Adam trains
 
 
 @dataclass(frozen=True)
 class Config:
     problem: Literal["aggregated", "twostate", "chain", "matching", "cartpole"] = "aggregated"
-    problem_params: dict[str, float] = field(default_factory=dict)
+    """random worlds whose states are seen in groups, or one of the traps of memoryless policies"""
+    problem_params: dict[str, Annotated[float, Range()]] = field(default_factory=dict)
     """arguments of the problem, e.g. --problem-params n 5 reward 0.5"""
     method: Literal["mirror", "projected", "product", "mixture"] = "mirror"
     """ascent over laws of deterministic policies; or Adam on softmax policies, one or several"""
     gradient: Literal["exact", "sampled"] = "exact"
-    k: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """from the model, or from recorded trajectories"""
+    k: tuple[Count, ...] = (1, 2, 4, 8, 16, 32)
     """steps for which randomness is held"""
-    num_runs: int = 40
+    num_runs: Count = 40
     """other random worlds (aggregated), or other seeds of the start and the samples"""
-    num_updates: int = 300
-    gamma: float = 0.0
+    num_updates: Count = 300
+    """steps of each ascent"""
+    gamma: Annotated[float, Range(0, 1, open="high")] = 0.0
     """discount; 0: that of the problem"""
-    num_components: int = 4
+    num_components: Annotated[Count, Needs(method="mixture")] = 4
     """product policies in a mixture"""
-    start_std: float = 0.5
+    start_std: Annotated[NonNegative, Needs(method=SOFTMAX)] = 0.5
     """of the logits (product, mixture)"""
-    learning_rate: float = 0.05
+    learning_rate: Annotated[Positive, Needs(method=SOFTMAX)] = 0.05
     """of Adam (product, mixture)"""
-    num_episodes: int = 128
+    num_episodes: Annotated[int, Range(2, 2**31 - 1, whole=True), Needs(gradient="sampled")] = 128
     """trajectories of a sampled gradient, shared out to the policies by mirror and projected"""
-    num_steps: int = 100
+    num_steps: Annotated[Count, Needs(gradient="sampled")] = 100
     """of a trajectory; what lies beyond is missing from sampled gradients"""
-    seed: int = 0
+    seed: Seed = 0
+    """of the first run; the others take the next integers"""
     out: str | None = None
     """directory of the run; by default a new one under runs/"""
 
@@ -99,11 +105,8 @@ def open_world(config: Config) -> World:
             raise ValueError(f"{config.problem} has no parameter {name!r}; choose from {choices}")
     keywords: dict[str, Any] = options.arguments(config.problem_params)
     own = config.problem == "aggregated"
-    problems: list[Problem] = [
-        make(**keywords | {"seed": config.seed + i} if own else keywords)
-        for i in range(config.num_runs if own else 1)
-    ]
-    problem = problems[0]
+    build = lambda i: make(**keywords | {"seed": config.seed + i} if own else keywords)
+    problem = build(0)
     slots = np.arange(problem.pomdp.num_obs)[:, None] if problem.slots is None else problem.slots
     num_actions = round(problem.pomdp.num_actions ** (1 / slots.shape[1]))
     num_slots = int(slots.max()) + 1
@@ -112,6 +115,8 @@ def open_world(config: Config) -> World:
             f"{problem.name} has {num_actions}^{num_slots} deterministic policies; 5,000 can be "
             "listed, so fewer observations would do"
         )
+    check_memory(config, problem, num_actions**num_slots)
+    problems: list[Problem] = [problem, *map(build, range(1, config.num_runs if own else 1))]
     policies = kstep.all_policies(num_slots, num_actions)
     joint = kstep.joint_policies(policies, slots, num_actions)
     solved = [dense(p.pomdp) if len(p.states) <= 500 else p.pomdp for p in problems]
@@ -121,6 +126,21 @@ def open_world(config: Config) -> World:
         stack(solved), stack(env_params), Tabular(problem.pomdp), policies, joint, slots,
         num_actions, config.gamma or problem.discount,
     )  # fmt: skip
+
+
+def check_memory(config: Config, problem: Problem, num_policies: int) -> None:
+    """Raise ValueError unless the equations of every run, and sampled trajectories, fit."""
+    pomdp, num_states = problem.pomdp, len(problem.states)
+    choices = num_states * pomdp.num_actions * num_policies
+    dense = num_states * pomdp.num_actions * num_states + num_states**2
+    batch = config.num_runs * (len(config.k) if num_states <= 500 else 1)
+    size = 8 if config.gradient == "exact" else 4
+    numbers = batch * (2 * choices + (dense if num_states <= 500 else 0))
+    what = f"{config.num_runs:,} runs with {num_policies:,} policies in {num_states:,} states"
+    fits(size * numbers, what, on_device=True)
+    if config.gradient == "sampled":
+        steps = config.num_runs * config.num_episodes * config.num_steps
+        fits(8 * 4 * steps, f"{steps:,} sampled steps for each k", on_device=True)
 
 
 def law(config: Config, world: World, params: PyTree) -> Float[Array, " N"]:
@@ -252,13 +272,9 @@ def main(config: Config) -> None:
 
 def run(config: Config) -> None:
     began = time.perf_counter()
-    options.check_positive(config, "num_runs", "num_updates", "num_components", "num_steps")
-    options.check_range(config, 2.0, float("inf"), "num_episodes")
-    options.check_range(config, 0.0, float("inf"), "start_std", "learning_rate")
-    if not config.k or min(config.k) < 1 or len(set(config.k)) < len(config.k):
+    check(config)
+    if not config.k or len(set(config.k)) < len(config.k):
         raise ValueError(f"k is {config.k}; it lists different numbers of at least 1")
-    if config.gamma and not 0 < config.gamma < 1:
-        raise ValueError(f"gamma is {config.gamma}; it has to be between 0 and 1")
     world = open_world(config)
     out = records.open_run(config, "kstep", resumable=False)
     print(f"{config.problem}, {len(world.policies)} policies; directory {out}", file=sys.stderr)
@@ -282,14 +298,13 @@ def run(config: Config) -> None:
     with (out / "ascent.csv").open("w", newline="") as file:
         table = np.concatenate([np.arange(gaps.shape[2])[None], gaps.max(1)]).T
         csv.writer(file).writerows([["update", *(f"k={k}" for k in config.k)], *table.tolist()])
-    print("  ".join(f"{name:>16}" for name in columns))
-    for row in rows:
-        print("  ".join(f"{value:>16.4g}" for value in row))
+    print(tables.table([dict(zip(columns, row, strict=True)) for row in rows]))
     print(f"{time.perf_counter() - began:.1f} s; gap.png, gap.csv and ascent.csv in {out}")
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Config)
+    arguments = options.parse(Config)
+    options.warn(arguments)
     try:
         main(arguments)
     except (ValueError, OSError, records.RunError) as error:

@@ -1,8 +1,10 @@
 """PPO for stateful policies: PPO-RS of Al-Hafez et al. (2024), algorithm 3, and its baselines.
 
-python scripts/ppo.py                    # S2PG on CartPole without velocities
-python scripts/ppo.py --memory bptt      # the same, by backpropagation through time
-python scripts/ppo.py --env brax/ant --observe positions --total-steps 2_000_000
+An update is a rollout of every environment, then epochs of minibatches on it.
+
+    python scripts/ppo.py                    # S2PG on CartPole without velocities
+    python scripts/ppo.py --memory bptt      # the same, by backpropagation through time
+    python scripts/ppo.py --env brax/ant --observe positions --total-steps 2e6
 """
 
 import os
@@ -13,7 +15,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,6 +32,7 @@ from spg.kernels.critics import Critic
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import trainable
+from spg.limits import Count, Fraction, Range, Total, check
 from spg.rollout import reset, rollout
 from spg.scans import divisors, shuffle, split_segments
 from spg.training import cli, loop, options
@@ -39,20 +42,30 @@ from spg.types import Env, critic_view, policy_view
 
 @dataclass(frozen=True)
 class Config(options.EnvConfig, PolicyConfig, options.RunConfig):
-    total_steps: int = 2_000_000
+    """The training, e.g. --total-steps 1e6 --num-envs 32 --learning-rate 3e-4 --gamma 0.95"""
+
+    total_steps: Total = 2_000_000
     """environment steps of each seed, after a first rollout for the statistics of observations"""
-    num_envs: int = 64
-    num_steps: int = 128
+    num_envs: Count = 64
+    """environments side by side"""
+    num_steps: Count = 128
     """T, steps of each environment between updates"""
-    num_epochs: int = 4
-    num_minibatches: int = 32
-    learning_rate: float = 1e-3
+    num_epochs: Count = 4
+    """passes over the data of an update"""
+    num_minibatches: Count = 32
+    """gradients of a pass"""
+    learning_rate: Annotated[float, Range(0, open="low", usual="1e-4 to 1e-2 is usual")] = 1e-3
     """of Adam; falls linearly to 0"""
-    gamma: float = 0.99
-    gae_lambda: float = 0.95
-    clip: float = 0.2
-    entropy_coef: float = 0.0
-    max_grad_norm: float = 10.0
+    gamma: Fraction = 0.99
+    """discount"""
+    gae_lambda: Fraction = 0.95
+    """λ of generalised advantage estimation"""
+    clip: Annotated[float, Range(0, 10, open="low", usual="0.1 to 0.3 is usual")] = 0.2
+    """ε: the ratios of new to old probabilities count within 1 - ε and 1 + ε"""
+    entropy_coef: Annotated[float, Range(0, 1000, usual="0 to 0.05 is usual")] = 0.0
+    """weight of the entropy of actions in the objective"""
+    max_grad_norm: Annotated[float, Range(0, open="low", usual="0.5 to 10 is usual")] = 10.0
+    """norm to which longer gradients are cut"""
 
     @property
     def num_updates(self) -> int:
@@ -169,21 +182,16 @@ def gradient_step(
 
 def make(config: Config) -> loop.Algorithm:
     """What `loop.run` takes. Raises ValueError for what cannot run."""
-    options.check_positive(
-        config, "num_envs", "num_steps", "num_epochs", "num_minibatches", "z_size", "window"
-    )
-    count = config.num_envs * config.check(config.num_steps)
+    check(config)
+    count = config.num_envs * config.num_segments(config.num_steps)
     if count % config.num_minibatches:
         raise ValueError(
             f"num_minibatches {config.num_minibatches} does not divide the {count} segments of a "
             f"batch ({config.num_envs} environments x {config.num_steps} steps, in segments of "
             f"{config.length(config.num_steps)}); {divisors(count)} would"
         )
-    if config.num_updates < 1:
-        raise ValueError(
-            f"total_steps {config.total_steps} is less than one update of "
-            f"{config.num_envs} x {config.num_steps} steps"
-        )
+    each = f"{config.num_envs} x {config.num_steps} steps"
+    options.check_updates(config, config.num_updates, each)
     env = options.make_env(config, oracle=config.memory == "oracle")
     steps = config.num_envs * config.num_steps
     return cli.in_episodes(

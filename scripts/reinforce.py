@@ -15,7 +15,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -29,6 +29,7 @@ from spg.estimators.statistics import observe, start_statistics
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import trainable
+from spg.limits import Fraction, Needs, Range, Total, check
 from spg.rollout import reset, rollout
 from spg.training import cli, loop, options
 from spg.training.loop import Report, State
@@ -37,20 +38,27 @@ from spg.types import Env, Transition, policy_view
 
 @dataclass(frozen=True)
 class Config(options.EnvConfig, PolicyConfig, options.RunConfig):
+    """The training, e.g. --estimator gpomdp --total-steps 5e5 --num-envs 128 --gamma 0.99"""
+
     env: str = "RepeatFirst-memory"
-    cell: Literal["gru", "linear"] = "linear"
+    cell: Annotated[
+        Literal["gru", "linear", "lru", "gated", "leaky"], Needs(memory=("s2pg", "bptt"))
+    ] = "linear"
     observe: Literal["all", "positions", "velocities", "state"] = "all"
+    privileged: Annotated[bool, Needs()] = False
+    """show the critic the full state; there is none here"""
     estimator: Literal["reinforce", "gpomdp"] = "reinforce"
     """each action is credited with the whole return, or with what follows it"""
-    total_steps: int = 1_000_000
+    total_steps: Total = 1_000_000
     """environment steps of each seed"""
-    num_envs: int = 64
+    num_envs: Annotated[int, Range(2, 2**31 - 1, whole=True, usual="baselines need two")] = 64
     """episodes of one gradient"""
-    num_steps: int = 0
+    num_steps: Annotated[int, Range(0, 2**31 - 1, whole=True)] = 0
     """T, the horizon, at which episodes are cut; 0: the longest episode of the environment"""
-    learning_rate: float = 1e-2
+    learning_rate: Annotated[float, Range(0, open="low", usual="1e-3 to 1e-1 is usual")] = 1e-2
     """of Adam; falls linearly to 0"""
-    gamma: float = 1.0
+    gamma: Fraction = 1.0
+    """discount"""
 
 
 class Learned(NamedTuple):
@@ -122,18 +130,11 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
 
 def make(config: Config) -> loop.Algorithm:
     """What `loop.run` takes. Raises ValueError for what cannot run."""
-    options.check_positive(config, "num_envs", "z_size", "window")
-    if config.num_envs == 1:
-        raise ValueError(
-            "num_envs is 1; the baseline is fitted on the episodes, at least 2 of them"
-        )
+    check(config)
     env = options.make_env(config, oracle=config.memory == "oracle")
-    config.check(horizon(config, env))
-    if num_updates(config, env) < 1:
-        raise ValueError(
-            f"total_steps {config.total_steps} is less than one update of {config.num_envs} "
-            f"episodes of {horizon(config, env)} steps"
-        )
+    config.num_segments(horizon(config, env))
+    each = f"{config.num_envs} episodes of {horizon(config, env)} steps"
+    options.check_updates(config, num_updates(config, env), each)
     steps = config.num_envs * horizon(config, env)
     return cli.in_episodes(
         config, env, config.estimator, name="reinforce", init=init, step=step,

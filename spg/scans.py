@@ -121,7 +121,8 @@ def num_segments(num_steps: int, segment_length: int) -> int:
 
 def divisors(n: int) -> str:
     """The numbers that divide `n`, as a message to a user lists them."""
-    return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)
+    small = [i for i in range(1, isqrt(n) + 1) if n % i == 0]
+    return ", ".join(map(str, sorted({*small, *(n // i for i in small)})))
 
 
 def _sequential(decay: Array, u: Array, init: Array, reverse: bool) -> Array:

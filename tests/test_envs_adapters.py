@@ -274,7 +274,7 @@ def test_keywords_reach_parameters_and_constructor():
         ),
         (("MemoryChain-bsuite", {"num_bit": 3}), "did you mean 'num_bits'"),
         (("Catch-bsuite", {"observe": "positions"}), "'Catch-bsuite' shows no velocities to hide"),
-        (("RepeatFirst-memory", {"num_symbols": 1}), "num_symbols must be at least 2, not 1"),
+        (("RepeatFirst-memory", {"num_symbols": 1}), "num_symbols is 1; it has to be at least 2"),
     ],
 )
 def test_misspelt_names_raise_with_the_near_matches(arguments, message):

@@ -99,7 +99,7 @@ def test_make_sets_cards_suits_and_pause_and_the_horizon_follows():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"num_suits": 1}, "num_suits must be at least 2, not 1"),
+        ({"num_suits": 1}, "num_suits is 1; it has to be at least 2"),
         ({"num_cards": 0}, "num_cards is 0; it has to be at least 1"),
         ({"max_steps_in_episode": 3}, "unknown parameter of RecallCards-memory"),
     ],

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS: dict[str, set[str]] = {
     "types": set(),
+    "limits": set(),
     "distributions": set(),
     "scans": set(),
     "worlds": {"types"},
@@ -19,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "exact": {"kernels", "worlds", "scans", "distributions"},
     "training": {"exact", "estimators", "rollout", "envs", "worlds", "kernels"},
 }
-"""A room, and the rooms it may import besides itself and `types`."""
+"""A room, and the rooms it may import besides itself, `types` and `limits`."""
 
 BACKEND = "importing Gymnax starts JAX's backend, and the command line sets its devices before"
 SLOW = "importing Brax and MuJoCo takes seconds, and only their environments need them"
@@ -58,7 +59,7 @@ def test_a_room_imports_only_the_rooms_below(path):
     modules = imported(ast.parse((ROOT / "spg" / path).read_text()))
     rooms = {m.split(".")[1] if "." in m else m for m in modules if m.split(".")[0] == "spg"}
     own = room(path)
-    assert rooms <= ROOMS[own] | {own, "types"}
+    assert rooms <= ROOMS[own] | {own, "types", "limits"}
     assert not any(m.split(".")[0] in ("scripts", "tests") for m in modules)
 
 

@@ -462,9 +462,9 @@ def test_random_world_depends_on_its_seed_alone():
     [
         (1, {}, "num_states is 1"),
         (10, {"num_actions": 0}, "num_actions is 0"),
-        (10, {"num_obs": 11}, r"num_obs is 11, but has to be in 1\.\.10"),
+        (10, {"num_obs": 11}, r"num_obs is 11; it has to be from 1 to 10"),
         (10, {"num_obs": 0}, "num_obs is 0"),
-        (10, {"num_successors": 11}, r"num_successors is 11, but has to be in 2\.\.10"),
+        (10, {"num_successors": 11}, r"num_successors is 11; it has to be from 2 to 10"),
         (10, {"num_successors": 1}, "num_successors is 1"),
     ],
 )

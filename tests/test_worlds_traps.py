@@ -100,13 +100,13 @@ def test_start_of_cartpole_is_in_the_middle(cartpole):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: traps.chain(0), "n is 0; it has to be a whole number from 1 on"),
-        (lambda: traps.matching(0), "m is 0; it has to be a whole number from 1 on"),
+        (lambda: traps.chain(0), "n is 0; it has to be at least 1"),
+        (lambda: traps.matching(0), "m is 0; it has to be at least 1"),
         (
             lambda: traps.random_aggregated(6, 9),
-            "num_obs is 9; it has to be a whole",
+            "num_obs is 9; it has to be from 1 to",
         ),
-        (lambda: traps.cartpole(1), "bins is 1; it has to be a whole number from 2 on"),
+        (lambda: traps.cartpole(1), "bins is 1; it has to be at least 2"),
     ],
 )
 def test_sizes_that_make_no_world_are_refused(make, message):

@@ -12,15 +12,15 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import gamp
 import gpomdp
-import tyro
 
-from spg.training import cli, plots, records, summaries
+from spg.limits import Range, Seed, check
+from spg.training import cli, options, plots, records, summaries, tables
 
 Task = Literal["loadunload", "heavenhell", "pentagon", "factory"]
 
@@ -28,9 +28,11 @@ Task = Literal["loadunload", "heavenhell", "pentagon", "factory"]
 @dataclass(frozen=True)
 class Config:
     task: Task = "loadunload"
-    num_seeds: int = 0
-    """0: as many as in the README"""
-    seed: int = 0
+    """the problem"""
+    num_seeds: Annotated[int, Range(0, 2**31 - 1, whole=True)] = 0
+    """0: as many as in the docs"""
+    seed: Seed = 0
+    """of the first training; the others take the next integers"""
     out: str | None = None
     """by default runs/controllers-<task>"""
     methods: tuple[str, ...] = ()
@@ -97,6 +99,7 @@ def train(config: gamp.Config | gpomdp.Config, out: Path) -> dict[str, Any]:
 
 
 def main(config: Config) -> None:
+    check(config)
     num_seeds, methods = task(config.task)
     unknown = [m for m in config.methods if m not in methods]
     if unknown:
@@ -133,15 +136,11 @@ def main(config: Config) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print(" | ".join(["", *rows[0], ""]).strip())
-    print(" | ".join(["", *("---" for _ in rows[0]), ""]).strip())
-    for row in rows:
-        print(" | ".join(["", *row.values(), ""]).strip())
+    print(tables.table(rows))
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Config)
     try:
-        main(arguments)
+        main(options.parse(Config))
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         cli.fail(error)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ppo
-import tyro
 
-from spg.training import cli, options, plots, records, summaries
+from spg.limits import Count, Seed, check
+from spg.training import cli, options, plots, records, summaries, tables
 
 Task = Literal[
     "cartpole", "memorychain", "tmaze10", "tmaze50", "recall10", "recall50",
@@ -29,8 +29,11 @@ Task = Literal[
 @dataclass(frozen=True)
 class Config:
     task: Task = "cartpole"
-    num_seeds: int = 8
-    seed: int = 0
+    """the environment, or a comparison of units in one"""
+    num_seeds: Count = 8
+    """of each training"""
+    seed: Seed = 0
+    """of the first training; the others take the next integers"""
     out: str | None = None
     """by default runs/curves-<task>"""
     methods: tuple[str, ...] = ()
@@ -127,6 +130,7 @@ def _task(name: Task) -> tuple[ppo.Config, list[str]]:
 
 
 def main(config: Config) -> None:
+    check(config)
     shared, methods = task(config.task)
     unknown = [m for m in config.methods if m not in methods]
     if unknown:
@@ -158,13 +162,11 @@ def main(config: Config) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print()
-    for row in [{k: k for k in rows[0]}, *rows]:
-        print("  ".join(f"{value!s:<16}" for value in row.values()))
+    print("", tables.table(rows), sep="\n")
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Config)
+    arguments = options.parse(Config)
     cli.use_cores(arguments.num_seeds)
     try:
         main(arguments)

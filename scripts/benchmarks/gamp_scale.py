@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 from scipy import sparse
 from scipy.sparse import linalg
@@ -41,7 +40,9 @@ from spg.exact.solvers import (
 )
 from spg.kernels.finite import random_controller, tables
 from spg.kernels.kernel import Kernel
-from spg.training import cli, records
+from spg.limits import Count, NonNegative, Positive, Range, Seed, check
+from spg.training import cli, options, records
+from spg.training.tables import table
 from spg.worlds import problems
 from spg.worlds.models import SparsePOMDP, dense, sparse_pomdp
 
@@ -58,25 +59,32 @@ METHODS = {
 }
 
 
+States = Annotated[int, Range(0, 10**8, whole=True)]
+
+
 @dataclass(frozen=True)
 class Config:
     parts: tuple[Literal["solvers", "scale", "compare"], ...] = ("solvers", "scale", "compare")
-    seed: int = 0
+    """which solver; how the costs grow; the costs of others"""
+    seed: Seed = 0
+    """of the random controllers"""
     out: str | None = None
     """directory of the results; by default a new one under runs/"""
-    repeats: int = 5
-    patience: float = 10.0
+    repeats: Count = 5
+    """of each timing"""
+    patience: NonNegative = 10.0
     """seconds, of all its repeats, after which a program of `solvers` is not repeated"""
     cases: tuple[str, ...] = ("heavenhell", "heavenhell, std 0.3", "pentagon", "factory")
-    tolerances: tuple[float, ...] = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12, 1e-13)
-    sizes: tuple[int, ...] = (10_000, 31_623, 100_000, 316_228, 1_000_000)
-    num_z: int = 8
+    tolerances: tuple[Positive, ...] = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12, 1e-13)
+    sizes: tuple[Count, ...] = (10_000, 31_623, 100_000, 316_228, 1_000_000)
+    num_z: Count = 8
     """I-states in `scale` and `compare`; the factory has 4"""
-    direct: tuple[int, ...] = (0, 250, 750)
+    direct: tuple[States, ...] = (0, 250, 750)
     """states of random worlds to solve directly as well; 0 is Pentagon"""
-    iterative: tuple[int, ...] = (0, 100_000)
+    iterative: tuple[States, ...] = (0, 100_000)
     """states of random worlds to solve by SciPy as well; 0 is the factory"""
-    tol: float = 1e-10
+    tol: Positive = 1e-10
+    """of both residuals, in `scale` and `compare`"""
     """of the comparison with SciPy"""
 
 
@@ -439,15 +447,15 @@ def publish(path: Path, rows: list[Row]) -> None:
         writer.writerows(rows)
 
 
-def markdown(rows: Iterable[Row], without: tuple[str, ...] = ("part",)) -> str:
-    """A table: numbers with three digits, whole ones with all of them."""
-    show = lambda x: f"{x:,}" if isinstance(x, int) else f"{x:.3g}" if isinstance(x, float) else x
-    rows = [{k: show(v) for k, v in row.items() if k not in without} for row in rows]
-    text = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line).replace('_', ' ')} |" for line in text) + "\n"
+def show(rows: Iterable[Row], without: tuple[str, ...] = ("part",)) -> None:
+    shown = [{k: v for k, v in row.items() if k not in without} for row in rows]
+    print(table(shown, keep=2), end="\n\n")
 
 
 def main(config: Config) -> None:
+    check(config)
+    if unknown := [name for name in config.cases if name not in CASES]:
+        raise ValueError(f"unknown case {unknown[0]!r}; choose from {', '.join(CASES)}")
     out = records.open_run(config, "gamp-scale", resumable=False)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, jax {jax.__version__}\n")
     if "solvers" in config.parts:
@@ -455,17 +463,17 @@ def main(config: Config) -> None:
             rows = solvers(config)
         publish(out / "gamp_solvers.csv", rows)
         picture(out / "gamp_solvers.png", rows)
-        print(markdown(summary(rows)))
+        show(summary(rows))
     rows = []
     if "scale" in config.parts:
         rows += scale(config)
-        print(markdown(rows, without=("part", "n", "push_ms", "pull_ms")))
-        print(markdown(slopes(rows)))
+        show(rows, without=("part", "n", "push_ms", "pull_ms"))
+        show(slopes(rows))
     if "compare" in config.parts:
         with jax.enable_x64(True):
             for part in (compare_direct, compare_scipy):
                 if found := list(part(config)):
-                    print(markdown(found))
+                    show(found)
                 rows += found
     if rows:
         publish(out / "gamp_scale.csv", rows)
@@ -474,6 +482,6 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config))
-    except records.RunError as reason:
+        main(options.parse(Config))
+    except (ValueError, OSError, records.RunError) as reason:
         cli.fail(reason)

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import equinox as eqx
 import jax
@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray
 
@@ -31,8 +30,9 @@ from spg.estimators import gpomdp
 from spg.exact.gamp import gamp_gradient
 from spg.kernels.finite import expected_kernel
 from spg.kernels.kernel import Kernel
+from spg.limits import Count, NonNegative, Range, Seed, check
 from spg.rollout import reset, rollout
-from spg.training import cli, controllers, options, records
+from spg.training import cli, controllers, options, records, tables
 from spg.types import Env, Transition, critic_view, policy_view
 from spg.worlds.models import Problem
 
@@ -42,17 +42,21 @@ BASELINES = ("none", "reward", "value", "state")
 
 @dataclass(frozen=True)
 class Config(options.ProblemConfig):
-    out_degree: int = 4
-    seed: int = 0
-    num_controllers: int = 8
+    """The measurement, e.g. --num-runs 100 --num-steps 200 --betas 0.9"""
+
+    out_degree: Count = 4
+    seed: Seed = 0
+    """of the random numbers"""
+    num_controllers: Count = 8
     """drawn with these logits, for each line of the table"""
-    num_runs: int = 400
+    num_runs: Annotated[int, Range(2, 2**31 - 1, whole=True)] = 400
     """estimates of each"""
-    num_steps: int = 400
+    num_steps: Annotated[int, Range(2, 2**31 - 1, whole=True)] = 400
     """T of each"""
-    stds: tuple[float, ...] = (0.5, 2.0)
-    """of the logits"""
-    betas: tuple[float, ...] = (0.9, 0.97)
+    stds: tuple[NonNegative, ...] = (0.5, 2.0)
+    """standard deviations of the logits"""
+    betas: tuple[Annotated[float, Range(0, 1, open="high")], ...] = (0.9, 0.97)
+    """discounts of the trace"""
     out: str | None = None
     """directory of the results; by default a new one under runs/"""
 
@@ -180,7 +184,7 @@ def draw(rows: list[Row], path: str, title: str) -> None:
 
 def main(config: Config) -> None:
     jax.config.update("jax_enable_x64", True)
-    options.check_positive(config, "num_controllers", "num_runs", "num_steps")
+    check(config)
     problem = options.open_problem(config)
     out = records.open_run(config, "gpomdp-variance", resumable=False)
     rows = measure(config, problem)
@@ -188,18 +192,12 @@ def main(config: Config) -> None:
         csv.writer(file).writerows([Row._fields, *rows])
     title = f"{problem.name}, {config.num_z} I-states, out-degree {config.out_degree}"
     draw(rows, str(out / "gpomdp_variance.png"), f"{title}, T = {config.num_steps}")
-    print("| logit std, β | estimator | baseline | variance / ‖∇η‖² | range | cosine | η |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for r in rows:
-        print(
-            f"| {r.std:g}, {r.beta:g} | {r.estimator} | {r.baseline} | {r.variance:.3g} | "
-            f"{r.least:.3g} to {r.most:.3g} | {r.cosine:.3f} | {r.average_reward:.4f} |"
-        )
+    print(tables.table([row._asdict() for row in rows], keep=4))
     print(f"written to {out}")
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config))
+        main(options.parse(Config))
     except (records.RunError, ValueError, OSError) as error:
         cli.fail(error)

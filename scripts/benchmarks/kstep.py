@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 import ppo
 import reinforce
-import tyro
 from scipy import sparse
 
 from spg.exact import kstep
-from spg.training import cli, options, plots, records, summaries
+from spg.limits import Count, Range, Total, check
+from spg.training import cli, options, plots, records, summaries, tables
 from spg.worlds.models import SparsePOMDP, dense
 
 Part = Literal["trap", "many", "large"]
@@ -35,16 +35,19 @@ Part = Literal["trap", "many", "large"]
 @dataclass(frozen=True)
 class Config:
     parts: tuple[Part, ...] = ("trap", "many", "large")
-    num_seeds: int = 10
+    """trainings in a trap; gradients of many small worlds; gradients of a large one"""
+    num_seeds: Count = 10
     """of every training"""
-    total_steps: int = 500_000
+    total_steps: Total = 500_000
     """of every seed"""
-    num_worlds: int = 1000
+    num_worlds: Count = 1000
     """random aggregated worlds (many)"""
-    bins: int = 10
+    bins: Annotated[int, Range(2, 100, whole=True)] = 10
     """of the discretised CartPole, bins⁴ + 1 states (large)"""
-    repeats: int = 5
+    repeats: Count = 5
+    """of each timing"""
     out: str = "runs/kstep-benchmark"
+    """directory of the results"""
 
 
 SHARED: dict[str, Any] = {
@@ -209,7 +212,7 @@ def _sparse_loop(pomdp: SparsePOMDP, chains: list, weights: Any, k: int) -> np.n
 
 
 def main(config: Config) -> None:
-    options.check_positive(config, "num_seeds", "total_steps", "num_worlds", "repeats")
+    check(config)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     for name in config.parts:
@@ -219,13 +222,11 @@ def main(config: Config) -> None:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-        print(f"\n{name}")
-        for row in [{k: k for k in rows[0]}, *rows]:
-            print("  ".join(f"{value!s:<14}" for value in row.values()))
+        print(f"\n{name}", tables.table(rows, keep=2), sep="\n")
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Config)
+    arguments = options.parse(Config)
     if arguments.parts == ("trap",):  # sharded seeds; times are of one device with all cores
         cli.use_cores(arguments.num_seeds)
     try:

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import tyro
 from jax import lax
 from jaxtyping import Float, PRNGKeyArray
 from matplotlib.figure import Figure
@@ -34,33 +33,44 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ppo
 
 from spg.kernels.linear import Linear
+from spg.limits import Count, Seed, Size, check
 from spg.rollout import rollout
-from spg.training import cli, options, records
+from spg.training import cli, options, records, tables
 from spg.types import Env
 
 
 @dataclass(frozen=True)
 class Config(options.EnvConfig):
-    seed: int = 0
-    num_seeds: int = 1
+    """The measurement, e.g. --cells gru --z-size 64 --repeats 50 --clock cpu"""
+
+    seed: Seed = 0
+    """of the random numbers"""
+    num_seeds: Count = 1
     """trainings vmapped into each program"""
     out: str | None = None
     """directory of the results; by default a new one under runs/"""
-    repeats: int = 20
+    repeats: Count = 20
+    """of each timing"""
     clock: Literal["wall", "cpu"] = "wall"
     """cpu counts the seconds of all threads: steadier where others use the machine"""
     cells: tuple[Literal["gru", "linear"], ...] = ("gru", "linear")
-    windows: tuple[int, ...] = (5, 32)
-    lengths: tuple[int, ...] = (5, 32)
+    """of S2PG and BPTT"""
+    windows: tuple[Size, ...] = (5, 32)
+    """observations in the windows"""
+    lengths: tuple[Count, ...] = (5, 32)
     """segment lengths of BPTT, besides the whole rollout"""
-    z_size: int = 16
-    hidden: tuple[int, ...] = (64,)
+    z_size: Size = 16
+    """of the internal state"""
+    hidden: tuple[Size, ...] = (64,)
     """widths of the hidden layers of policy head and critic"""
-    num_envs: int = 64
-    num_steps: int = 160
+    num_envs: Count = 64
+    """environments side by side"""
+    num_steps: Count = 160
     """T, steps of each environment between updates"""
-    num_epochs: int = 4
-    num_minibatches: int = 32
+    num_epochs: Count = 4
+    """passes over the data of an update"""
+    num_minibatches: Count = 32
+    """gradients of a pass"""
 
 
 class Method(NamedTuple):
@@ -236,21 +246,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     def ratio(row, name):
         return f"{row[name]:.2f} [{row[name + '_q25']:.2f}, {row[name + '_q75']:.2f}]"
 
-    lines = [
-        f"{'method':<20}{'cell':<8}{'mul-adds':>9}{'compile s':>10}{'rollout ms':>11}"
-        f"{'update ms':>10}{'steps/s':>9}"
-        f"{'to none':>19}{'to none-deep':>19}{'to S2PG':>19}{'update to none-deep':>21}"
+    shown = [
+        {
+            "method": row["method"],
+            "cell": row["cell"],
+            "multiply_adds": row["multiply_adds"],
+            "compile_s": row["compile_seconds"],
+            "rollout_ms": 1e3 * row["rollout_seconds"],
+            "update_ms": 1e3 * row["update_seconds"],
+            "steps/s": int(row["training_steps_per_second"]),
+            "to none": ratio(row, "training_to_none"),
+            "to none-deep": ratio(row, "training_to_deep"),
+            "to S2PG": ratio(row, "training_to_s2pg"),
+            "update to none-deep": ratio(row, "update_to_deep"),
+        }
+        for row in rows
     ]
-    for row in rows:
-        lines.append(
-            f"{row['method']:<20}{row['cell']:<8}{row['multiply_adds']:>9,}"
-            f"{row['compile_seconds']:>10.1f}{1e3 * row['rollout_seconds']:>11.1f}"
-            f"{1e3 * row['update_seconds']:>10.1f}{row['training_steps_per_second']:>9,.0f}"
-            f"{ratio(row, 'training_to_none'):>19}{ratio(row, 'training_to_deep'):>19}"
-            f"{ratio(row, 'training_to_s2pg'):>19}{ratio(row, 'update_to_deep'):>21}"
-        )
     env_steps = rows[0]["env_steps_per_second"]
-    return "\n".join([*lines, f"environment alone: {env_steps:,.0f} steps/s; {machine()}"])
+    alone = f"environment alone: {env_steps:,.0f} steps/s; {machine()}"
+    return f"{tables.table(shown, keep=2)}\n{alone}"
 
 
 def picture(path: Path, rows: list[dict[str, Any]], *, title: str) -> None:
@@ -280,7 +294,7 @@ def machine() -> str:
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    options.check_positive(config, "repeats", "num_seeds")
+    check(config)
     compared = methods(config)
     for method in compared:
         ppo.make(method.config)  # whatever cannot run is refused before the directory is made
@@ -301,6 +315,6 @@ def main(config: Config) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config))
+        main(options.parse(Config))
     except (ValueError, records.RunError) as error:
         cli.fail(error)

@@ -23,29 +23,33 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import tyro
 from jax import lax
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from spg.limits import Count, NonNegative, check
 from spg.scans import linear_scan
-from spg.training import cli, options, records
+from spg.training import cli, options, records, tables
 
 
 @dataclass(frozen=True)
 class Config:
     out: str | None = None
     """directory of the results; by default a new one under runs/"""
-    lengths: tuple[int, ...] = (16, 128, 1024, 8192)
+    lengths: tuple[Count, ...] = (16, 128, 1024, 8192)
     """T"""
-    widths: tuple[int, ...] = (16, 64, 256)
-    batches: tuple[int, ...] = (1, 16, 64)
-    max_numbers: int = 1 << 20
+    widths: tuple[Count, ...] = (16, 64, 256)
+    """numbers in x at a step"""
+    batches: tuple[Count, ...] = (1, 16, 64)
+    """recurrences side by side"""
+    max_numbers: Count = 1 << 20
     """sizes with more numbers in x are left out"""
     dtypes: tuple[Literal["float32", "complex64"], ...] = ("float32", "complex64")
-    repeats: int = 15
-    min_ms: float = 2.0
+    """of the numbers"""
+    repeats: Count = 15
+    """of each timing"""
+    min_ms: NonNegative = 2.0
     """a timing repeats its program for about as long"""
 
 
@@ -180,35 +184,33 @@ def tabulate(config: Config) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Microseconds of every form, and the ratio of `auto` to the best of JAX's two."""
-    head = f"{'dtype':<10}{'T':>6}{'width':>6}{'batch':>6} {'pass':<9}"
-    head += "".join(f"{name:>17}" for name in FORMS) + f"{'auto to best':>14}{'memory of':>10}"
-    lines = [head + f"{'scan':>6}{'auto':>6}"]
+    lines = []
     for group in groups(rows):
         row = group["auto"]
-        line = f"{row['dtype']:<10}{row['num_steps']:>6}{row['width']:>6}{row['batch']:>6} "
-        line += f"{row['pass']:<9}" + "".join(
-            f"{r['microseconds']:>17,.1f}" for r in group.values()
-        )
-        line += f"{row['ratio']:>14.2f}{'':>10}{group['scan']['memory']:>6.2f}{row['memory']:>6.2f}"
+        size = f"{row['num_steps']} x {row['width']} x {row['batch']}"
+        line = {"T x width x batch": f"{row['dtype']} {size}, {row['pass']}"}
+        line |= {name: f"{r['microseconds']:,.1f}" for name, r in group.items()}
+        line |= {"auto_to_best": row["ratio"]}
+        line |= {f"memory_of_{name}": group[name]["memory"] for name in ("scan", "auto")}
         if np.isfinite(row["of_copy"]):
-            line += f"  {100 * row['of_copy']:.0f} % of copy"
+            line |= {"% of copy": 100 * row["of_copy"]}
         lines.append(line)
     machine = f"{os.cpu_count()} cores, {jax.devices()[0].device_kind}, jax {jax.__version__}"
-    return "\n".join([*lines, f"temporary memory in arrays of the size of x; {machine}"])
+    return f"{tables.table(lines)}\ntemporary memory in arrays of the size of x; {machine}\n"
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """In Markdown: the geometric means, over sizes, of the ratios to the best of JAX's two."""
-    lines = ["| numbers | pass | " + " | ".join(FORMS) + " | worst auto | memory scan, auto |"]
-    lines += ["| --- " * (len(FORMS) + 4) + "|"]
+    """The geometric means, over sizes, of the ratios to the best of JAX's two."""
+    lines = []
     for dtype, which in itertools.product(dict.fromkeys(r["dtype"] for r in rows), PASSES):
         some = [r for r in rows if (r["dtype"], r["pass"]) == (dtype, which)]
         of = lambda name, key, some=some: np.array([r[key] for r in some if r["form"] == name])
-        cells = [f"{np.exp(np.mean(np.log(of(name, 'ratio')))):.2f}" for name in FORMS]
-        cells += [f"{of('auto', 'ratio').max():.2f}"]
-        cells += [", ".join(f"{np.median(of(name, 'memory')):.1f}" for name in ("scan", "auto"))]
-        lines.append(f"| {dtype} | {which} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        line = {"numbers, pass": f"{dtype}, {which}"}
+        line |= {name: float(np.exp(np.mean(np.log(of(name, "ratio"))))) for name in FORMS}
+        line |= {"worst_auto": of("auto", "ratio").max()}
+        line |= {f"memory_of_{name}": np.median(of(name, "memory")) for name in ("scan", "auto")}
+        lines.append(line)
+    return tables.table(lines)
 
 
 def groups(rows: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
@@ -243,12 +245,12 @@ def picture(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    options.check_positive(config, "repeats", "max_numbers")
-    for name in ("lengths", "widths", "batches"):
-        if not getattr(config, name) or min(getattr(config, name)) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it has to list positive numbers")
+    check(config)
     if not sizes(config):
-        raise ValueError(f"every size has more than max_numbers {config.max_numbers} numbers")
+        raise ValueError(
+            "lengths, widths and batches have no size in common with at most "
+            f"max_numbers {config.max_numbers} numbers"
+        )
     out = records.open_run(config, "scans-benchmark", resumable=False)
     rows = tabulate(config)
     with (out / "scans.csv").open("w", newline="") as file:
@@ -264,6 +266,6 @@ def main(config: Config) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config))
+        main(options.parse(Config))
     except (ValueError, records.RunError) as error:
         cli.fail(error)

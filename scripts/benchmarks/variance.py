@@ -16,7 +16,7 @@ import csv
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -34,29 +33,33 @@ from spg.estimators.score import score_estimate
 from spg.kernels.cells import Computed, Drawn, Location, NormalAround
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Normalizer
-from spg.training import cli, records
+from spg.limits import Count, Fraction, NonNegative, Positive, Range, Seed, check
+from spg.training import cli, options, records, tables
 from spg.types import Transition
 
 
 @dataclass(frozen=True)
 class Config:
-    seed: int = 0
-    num_seeds: int = 4
+    seed: Seed = 0
+    """of the first measurement; the others take the next integers"""
+    num_seeds: Count = 4
     """independent measurements of every point"""
     out: str | None = None
     """directory of the results; by default a new one under runs/"""
-    decays: tuple[float, ...] = (0.5, 0.9, 1.1)
+    decays: tuple[NonNegative, ...] = (0.5, 0.9, 1.1)
     """Z = |dz'/dz|, a panel each"""
-    lengths: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
+    lengths: tuple[Count, ...] = (2, 4, 8, 16, 32, 64)
     """T, steps of an episode"""
-    num_trajectories: int = 4096
+    num_trajectories: Annotated[int, Range(2, 2**31 - 1, whole=True)] = 4096
     """for each variance"""
-    gain: float = 1.0
+    gain: NonNegative = 1.0
     """K = |da/dz'|"""
-    state_std: float = 0.5
+    state_std: Positive = 0.5
     """noise on z' in S2PG"""
-    action_std: float = 0.5
-    gamma: float = 1.0
+    action_std: Positive = 0.5
+    """σ_a"""
+    gamma: Fraction = 1.0
+    """discount"""
 
 
 class Affine(Location):
@@ -196,26 +199,29 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def main(config: Config) -> None:
+    check(config)
     out = records.open_run(config, "variance", resumable=False)
     rows = measure(config)
     with (out / "variance.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([Row._fields, *rows])
     draw(rows, out / "variance.png")
-    print(f"{'T':>4} {'Z':>5} {'S2PG':>10} {'bound':>10} {'BPTT':>10} {'bound':>10}")
+    table = []
     for decay in config.decays:
         for num_steps in config.lengths:
-            cells = []
+            cells: dict[str, float] = {"T": num_steps, "Z": decay}
             for method in ("S2PG", "BPTT"):
                 key = (method, decay, num_steps)
                 some = [row for row in rows if row[:3] == key]
-                cells += [np.mean([row.variance for row in some]), some[0].bound]
-            print(f"{num_steps:4d} {decay:5g} " + " ".join(f"{x:10.4g}" for x in cells))
+                cells[method] = float(np.mean([row.variance for row in some]))
+                cells[f"bound of {method}"] = some[0].bound
+            table.append(cells)
+    print(tables.table(table))
     print(f"written to {out}")
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config))
-    except records.RunError as error:
+        main(options.parse(Config))
+    except (ValueError, OSError, records.RunError) as error:
         cli.fail(error)

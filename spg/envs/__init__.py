@@ -24,6 +24,7 @@ from spg.envs.brax import Brax, render
 from spg.envs.cards import RecallCards
 from spg.envs.memory import RepeatFirst, TMaze
 from spg.envs.tabular import Tabular, tabular_params
+from spg.limits import Range
 from spg.types import Env
 from spg.worlds import WORLDS
 from spg.worlds.markov import ringworld
@@ -102,6 +103,11 @@ def make(
     or of its constructor. Raises ValueError for what cannot be opened.
     """
     _check("field to observe", observe, OBSERVABLE)
+    for word, value in params.items():
+        if word == "max_steps_in_episode":
+            Range(1, 2**31 - 1, whole=True).check(word, value)
+        elif isinstance(value, float):
+            Range().check(word, value)
     opened, env_params = _open(env, backend, params)
     if observe in ("positions", "velocities"):
         velocity = _velocity_entries(opened, env_params)

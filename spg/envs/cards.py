@@ -10,6 +10,8 @@ from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
+from spg.limits import Range
+
 
 class RecallCardsState(NamedTuple):
     suits: Int[Array, " N"]  # of the card in each place
@@ -23,10 +25,9 @@ class RecallCardsParams:
     pause: Any = 0  # steps between the last card and the first question
 
     def __post_init__(self):
-        if self.num_cards < 1:
-            raise ValueError(f"num_cards is {self.num_cards}; it has to be at least 1")
-        if isinstance(self.pause, int) and self.pause < 0:
-            raise ValueError(f"pause is {self.pause}; it has to be at least 0")
+        Range(1, 10**9, whole=True).check("num_cards", self.num_cards)
+        if isinstance(self.pause, int | float):  # in a pytree it may be anything
+            Range(0, 10**9, whole=True).check("pause", self.pause)
 
     @property
     def max_steps_in_episode(self) -> Any:
@@ -53,8 +54,7 @@ class RecallCards(Environment):
     """
 
     def __init__(self, num_suits: int = 4):
-        if num_suits < 2:
-            raise ValueError(f"num_suits must be at least 2, not {num_suits}")
+        Range(2, 10**6, whole=True).check("num_suits", num_suits)
         self.num_suits = num_suits
 
     @property

@@ -1,6 +1,6 @@
 """Two tasks in which one early observation decides the reward much later; one sets how much."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ from flax import struct
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+
+from spg.limits import Range, check
 
 UP, DOWN, LEFT, RIGHT = range(4)
 
@@ -21,8 +23,8 @@ class TMazeState(NamedTuple):
 
 @struct.dataclass
 class TMazeParams:
-    length: Any = 10  # steps from the cue to the junction
-    noise: Any = 0.0  # standard deviation of the noise on every observation entry
+    length: Annotated[Any, Range(1, 10**9, whole=True)] = 10  # steps from the cue to the junction
+    noise: Annotated[Any, Range(0)] = 0.0  # standard deviation of the noise on every entry
 
     @property
     def max_steps_in_episode(self) -> Any:
@@ -57,6 +59,7 @@ class TMaze(Environment):
     def reset_env(
         self, key: PRNGKeyArray, params: TMazeParams
     ) -> tuple[Float[Array, "4"], TMazeState]:
+        check(params)
         goal_key, obs_key = jr.split(key)
         goal = jr.bernoulli(goal_key).astype(jnp.int32)
         state = TMazeState(goal, jnp.int32(0), jnp.int32(0))
@@ -112,9 +115,9 @@ class RepeatFirstState(NamedTuple):
 
 @struct.dataclass
 class RepeatFirstParams:
-    delay: Any = 10  # steps between the symbol and the query
-    distractors: Any = 0.0  # probability that a step of the delay shows a symbol at random
-    noise: Any = 0.0  # standard deviation of the noise on every observation entry
+    delay: Annotated[Any, Range(0, 10**9, whole=True)] = 10  # steps between symbol and query
+    distractors: Annotated[Any, Range(0, 1)] = 0.0  # Pr(a step of the delay shows a random symbol)
+    noise: Annotated[Any, Range(0)] = 0.0  # standard deviation of the noise on every entry
 
     @property
     def max_steps_in_episode(self) -> Any:
@@ -139,8 +142,7 @@ class RepeatFirst(Environment):
     """
 
     def __init__(self, num_symbols: int = 4):
-        if num_symbols < 2:
-            raise ValueError(f"num_symbols must be at least 2, not {num_symbols}")
+        Range(2, 10**6, whole=True).check("num_symbols", num_symbols)
         self.num_symbols = num_symbols
 
     @property
@@ -150,6 +152,7 @@ class RepeatFirst(Environment):
     def reset_env(
         self, key: PRNGKeyArray, params: RepeatFirstParams
     ) -> tuple[Float[Array, " D"], RepeatFirstState]:
+        check(params)
         symbol_key, obs_key = jr.split(key)
         symbol = jr.randint(symbol_key, (), 0, self.num_symbols, jnp.int32)
         state = RepeatFirstState(symbol, jnp.int32(0))

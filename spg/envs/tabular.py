@@ -10,8 +10,9 @@ from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from spg.limits import Range
 from spg.types import Observation
-from spg.worlds.models import POMDP, DensePOMDP, Problem, SparsePOMDP, sparse
+from spg.worlds.models import POMDP, DensePOMDP, Problem, SparsePOMDP, check, sparse
 
 
 class TabularState(NamedTuple):
@@ -129,6 +130,9 @@ class Tabular(Environment):
 
 def tabular_params(pomdp: POMDP, *, max_steps_in_episode: int | None = None) -> TabularParams:
     """What `Tabular` needs of a model to draw from it."""
+    check(pomdp)
+    if max_steps_in_episode is not None:
+        Range(1, 2**31 - 1, whole=True).check("max_steps_in_episode", max_steps_in_episode)
     model: SparsePOMDP = sparse(pomdp) if isinstance(pomdp, DensePOMDP) else pomdp
     parts = model.probability, model.emission, model.start
     successors, observations, start = map(_cumulative, parts)

@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Bool, Float
 
+from spg.limits import same_shape
 from spg.scans import linear_scan
 from spg.types import Scalar
 
@@ -22,6 +23,7 @@ def returns_to_go(
 
     `next_value` is V at the true successor (zeros for a pure Monte-Carlo return).
     """
+    same_shape(reward=reward, next_value=next_value, terminated=terminated, truncated=truncated)
     ended = (terminated | truncated).at[-1].set(True)
     bootstrap = gamma * (ended & ~terminated) * next_value
     return linear_scan(gamma * ~ended, reward + bootstrap, reverse=True)
@@ -45,6 +47,10 @@ def gae(
     `next_value` is taken at `final_obs` under the internal state after the step, so a truncated
     step still bootstraps. A_t + V_t is the λ-return that a critic is fitted to.
     """
+    same_shape(
+        reward=reward, value=value, next_value=next_value, terminated=terminated,
+        truncated=truncated,
+    )  # fmt: skip
     delta = reward + gamma * ~terminated * next_value - value
     decay = gamma * gae_lambda * ~(terminated | truncated)
     return linear_scan(decay, delta, reverse=True)

@@ -20,8 +20,11 @@ def score_estimate(
 
     With w_t an unbiased γ^t Q_t: a kernel that draws z' is unbiased at every `segment_length`
     (Al-Hafez et al., 2024, lemma 2.1); one that computes z' only if a segment is the whole
-    episode (BPTT). Raises ValueError if `segment_length` does not divide T.
+    episode (BPTT). Raises ValueError if `segment_length` does not divide T, and for another number
+    of weights.
     """
+    if weight.shape != traj.reward.shape:
+        raise ValueError(f"weight {weight.shape} for the steps {traj.reward.shape}")
     segments = split_segments(traj, segment_length)
 
     def surrogate(kernel):

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from spg.distributions import Delta
+from spg.exact.checks import check
 from spg.kernels.cells import Computed, Drawn
 from spg.kernels.finite import FiniteMemory, start_distribution, tables
 from spg.kernels.kernel import Kernel
@@ -98,6 +99,7 @@ def stationary_distribution(kernel: Kernel, pomdp: DensePOMDP) -> Float[Array, "
 
 def joint_policy(kernel: Kernel, pomdp: DensePOMDP) -> Float[Array, "S G G A"]:
     """Pr(z', a | s, z) = Σ_o O(o | s) ω(z' | o, z) μ(a | o, z'), laid out [s, z, z', a]."""
+    check(kernel, pomdp)
     omega, successors, mu = tables(kernel, jnp.arange(pomdp.num_obs))
     every = jax.nn.one_hot(successors, mu.shape[1], dtype=omega.dtype)
     omega = jnp.einsum("ogk,ogkh->ogh", omega, every)
@@ -120,6 +122,7 @@ def trajectories(
     A finite z' is enumerated, (|S||O||G||A|)^T trajectories at most; a computed one follows from
     the observations. Episodes start once and terminate at T.
     """
+    check(kernel, pomdp)
     cell = kernel.cell
     memory = cell.distribution if isinstance(cell, Drawn) else None
     if not isinstance(memory, FiniteMemory) and not isinstance(cell, Computed):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from spg.exact.checks import check
 from spg.exact.solvers import (
     Apply,
     Vector,
@@ -63,9 +64,12 @@ def long_run(
     errors are estimates. `converged` is false for classes of different η, where x grows until its
     residual is rounded away, and for a chain that nearly falls apart into classes.
 
+    Raises ValueError where `checks.check` does.
+
     The derivative of `average_reward` is exact to first order in everything that it depends on:
     the kernel, probabilities and rewards. (d and x are constants to a second derivative.)
     """
+    check(kernel, pomdp)
     table = tables(kernel, jnp.arange(pomdp.num_obs))
     start = lax.stop_gradient(
         pomdp.start[:, None] * start_distribution(kernel).astype(pomdp.start.dtype)

@@ -21,6 +21,7 @@ from jax import core, lax
 from jaxtyping import Array, Float, Int
 
 from spg.types import Scalar
+from spg.worlds import models
 from spg.worlds.models import POMDP, DensePOMDP
 
 Steps = (
@@ -164,15 +165,16 @@ def check(
     gamma: Scalar,
 ) -> None:
     """Raise the errors of `kstep_values`, for what is not traced."""
+    models.check(pomdp)
     if _known(k) and k < 1:
         raise ValueError(f"k is {k}; a window has at least 1 step")
     if _known(gamma) and not 0 < gamma < 1:
         raise ValueError(f"gamma is {gamma}; it has to be between 0 and 1, without the ends")
     if policies.shape[0] == 0:
         raise ValueError("the list of policies is empty")
-    if policies.shape[1] != pomdp.num_obs:
+    if policies.ndim != 2 or policies.shape[1] != pomdp.num_obs:
         raise ValueError(
-            f"the policies name actions for {policies.shape[1]} observations; "
+            f"the policies name actions for {policies.shape[-1]} observations; "
             f"there are {pomdp.num_obs}"
         )
     if _known(policies):
@@ -184,7 +186,7 @@ def check(
         if len(unique) < len(table):
             raise ValueError(f"policy {unique[count > 1][0].tolist()} repeats in the list")
     if weights is not None and weights.shape != policies.shape[:1]:
-        raise ValueError(f"{weights.shape[0]} weights for {policies.shape[0]} policies")
+        raise ValueError(f"{weights.size} weights for {policies.shape[0]} policies")
     if weights is not None and _known(weights):
         w = np.asarray(weights, np.float64)
         if not (w >= 0).all() or abs(w.sum() - 1) > 1e-5:

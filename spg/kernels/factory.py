@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,64 +27,64 @@ from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear
 from spg.kernels.networks import Flat, Identity, Normalizer
 from spg.kernels.seeds import Seed, SeedFeature, seed_start
 from spg.kernels.stack import Stack
+from spg.limits import Count, Needs, Range, Size, check
 from spg.scans import num_segments
 from spg.types import Spec
+
+DRAWN = ("s2pg", "bptt")  # memories with a cell
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """The policy, as the scripts offer it."""
+    """The policy, e.g. --memory bptt --cell lru --num-layers 2 --z-size 64"""
 
     memory: Literal["s2pg", "bptt", "window", "filter", "kstep", "none", "oracle"] = "s2pg"
     """how z' follows from (o, z): drawn, computed, a window, a filter of the known model, a seed
-    that is held for k steps; none and oracle have no memory, the oracle sees all"""
-    cell: Literal["gru", "linear", "lru", "gated", "leaky"] = "gru"
-    """where z' lies (s2pg, bptt); leaky takes one-hot observations with --previous-action"""
-    num_layers: int = 1
-    """of linear, lru or gated cells, one above the other, or of lru above leaky (s2pg, bptt)"""
-    z_size: int = 16
-    """size of the internal state, of all layers (s2pg, bptt), where a complex number takes two; the
-    number of seeds (kstep)"""
-    k: int = 8
+    that is held for k steps; none and oracle have no memory, the oracle sees the state"""
+    cell: Annotated[Literal["gru", "linear", "lru", "gated", "leaky"], Needs(memory=DRAWN)] = "gru"
+    """the unit that places z' (s2pg, bptt); leaky takes one-hot observations and the previous
+    action"""
+    num_layers: Annotated[Count, Needs(memory=DRAWN)] = 1
+    """of linear, lru or gated units, one above the other, or of lru above leaky (s2pg, bptt)"""
+    z_size: Annotated[Size, Needs(memory=(*DRAWN, "kstep"))] = 16
+    """size of the internal state, of all layers together (s2pg, bptt), where a complex number takes
+    two; or the number of seeds (kstep)"""
+    k: Annotated[Count, Needs(memory="kstep")] = 8
     """steps for which a seed is held (kstep)"""
-    filter: Literal["belief", "lof", "lof-softmax", "alf", "alf-softmax", "alf-belief"] = "belief"
-    """what the head sees (filter): the belief, logits of the log-domain or of the leaky filter, or
-    their softmax, at temperature 1 or (alf-belief) leak"""
-    leak: float = 0.1
-    """δ of the leaky filter (filter), where it starts (cell leaky)"""
-    state_std: float = 0.2
-    """initial standard deviation of the noise on z' (s2pg); it is learned"""
-    segment_length: int = 0
+    filter: Annotated[
+        Literal["belief", "lof", "lof-softmax", "alf", "alf-softmax", "alf-belief"],
+        Needs(memory="filter"),
+    ] = "belief"
+    """what the head sees (filter): the belief; or logits of the log-domain filter (lof) or of the
+    leaky one (alf), or their softmax, at temperature 1 or (alf-belief) leak"""
+    leak: Annotated[
+        float,
+        Range(0, 1, open="both"),
+        Needs(memory="filter", filter="alf*"),
+        Needs(memory=DRAWN, cell="leaky"),
+    ] = 0.1
+    """δ of the leaky filter (filter alf), or where δ starts (cell leaky)"""
+    state_std: Annotated[
+        float,
+        Range(1e-6, 5, usual="0.1 to 0.3 is usual, and memory bptt is without noise"),
+        Needs(memory="s2pg"),
+    ] = 0.2
+    """standard deviation of the noise on z' at the start (s2pg); it is learned"""
+    segment_length: Annotated[int, Range(0, 2**31 - 1, whole=True)] = 0
     """L, steps through which gradients flow; 0: the whole rollout for bptt, otherwise 1"""
-    window: int = 5
-    """observations that --memory window keeps"""
-    hidden: tuple[int, ...] = (64,)
+    window: Annotated[Size, Needs(memory="window")] = 5
+    """observations in a window (window)"""
+    hidden: tuple[Size, ...] = (64,)
     """widths of the hidden layers of policy head and critic"""
-    action_std: float = 0.5
-    """initial standard deviation of continuous actions, whose range is [-1, 1]"""
+    action_std: Annotated[float, Range(1e-6, 5, usual="0.2 to 1 is usual")] = 0.5
+    """standard deviation of continuous actions at the start; their range is [-1, 1]"""
 
     def length(self, num_steps: int) -> int:
         """L for a rollout of `num_steps`."""
         return self.segment_length or (num_steps if self.memory == "bptt" else 1)
 
-    def check(self, num_steps: int) -> int:
-        """The number of segments of a rollout. Raises ValueError for what cannot run."""
-        if self.memory == "s2pg" and self.state_std <= 0:
-            raise ValueError(
-                f"state_std is {self.state_std}; s2pg needs noise on z', 0.1 to 0.3 is usual; "
-                "--memory bptt is the policy without"
-            )
-        if self.k < 1:
-            raise ValueError(f"k is {self.k}; a window has at least 1 step")
-        if self.num_layers < 1 or (self.num_layers > 1 and self.cell == "gru"):
-            raise ValueError(
-                f"num_layers is {self.num_layers}; it has to be 1 for gru, and at least 1 for the "
-                "linear cells"
-            )
-        if not 0 < self.leak < 1:
-            raise ValueError(f"leak is {self.leak}; it has to be inside (0, 1)")
-        if self.action_std <= 0:
-            raise ValueError(f"action_std is {self.action_std}; it has to be positive")
+    def num_segments(self, num_steps: int) -> int:
+        """Of a rollout. Raises ValueError unless L divides it."""
         return num_segments(num_steps, self.length(num_steps))
 
 
@@ -97,8 +97,10 @@ def make_kernel(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Kerne
     between them; none and oracle have no memory (the oracle's environment shows the full state).
     Where the spec has `slots`, as number matching has, each agent acts on what it sees.
 
-    Raises ValueError for a cell that cannot be made, and for a memory that agents would share.
+    Raises ValueError for an option out of its range, a cell that cannot be made, and a memory that
+    agents would share.
     """
+    check(config)
     cell_key, head_key = jr.split(key)
     normalizer: Normalizer | Identity = Normalizer(spec.obs_size)
     cell: Cell = Computed(Empty())
@@ -149,6 +151,8 @@ def _recurrent(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Locati
         if not spec.discrete:
             raise ValueError("cell 'leaky' turns its state by the last action; it is not discrete")
         bottom = partial(LeakyFilter, num_actions=spec.num_actions, leak=config.leak)
+    if config.num_layers > 1 and config.cell == "gru":
+        raise ValueError(f"num_layers is {config.num_layers}; layers are for linear cells, not gru")
     if config.num_layers == 1:
         return bottom(spec.obs_size, config.z_size, key=key)
     return Stack(make, spec.obs_size, config.z_size, config.num_layers, bottom=bottom, key=key)

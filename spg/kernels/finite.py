@@ -11,7 +11,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax import lax
+import numpy as np
+from jax import core, lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from spg.distributions import Categorical
@@ -71,8 +72,21 @@ def finite_kernel(
 ) -> Kernel:
     """The finite-state controller with these tables, which opens every episode in I-state 0.
 
-    Without `successors` every I-state may follow, K = G.
+    Without `successors` every I-state may follow, K = G. Raises ValueError for tables whose sizes
+    do not fit each other, and for a successor that is no I-state.
     """
+    num_z, _, out_degree = cell_logits.shape
+    known = isinstance(successors, core.Tracer) or successors is None
+    if not (
+        head_logits.shape[:2] == cell_logits.shape[:2]
+        and (out_degree == num_z if successors is None else successors.shape == cell_logits.shape)
+        and (known or np.all((np.asarray(successors) >= 0) & (np.asarray(successors) < num_z)))
+    ):
+        listed = [None if x is None else x.shape for x in (cell_logits, head_logits, successors)]
+        raise ValueError(
+            f"tables [G, O, K], [G, O, A] and successors [G, O, K] of I-states 0 to {num_z - 1}, "
+            f"with K = G if there are none: {listed} do not fit"
+        )
     if successors is None:
         successors = jnp.broadcast_to(jnp.arange(cell_logits.shape[2]), cell_logits.shape)
     memory = TableMemory(cell_logits, jnp.asarray(successors, int))  # of the dtype of actions

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
-import jax.random as jr
-import tyro
 from jaxtyping import PRNGKeyArray
 
-from spg.kernels.factory import make_kernel
+from spg.limits import check
 from spg.rollout import evaluation
 from spg.training import films, graphs, loop, options, records, summaries, terminal
 from spg.training.metrics import AVERAGE_REWARD
-from spg.training.options import RunConfig, check_positive
+from spg.training.options import RunConfig
 from spg.types import Env
 from spg.worlds.models import Problem
 
@@ -34,9 +32,10 @@ def in_episodes(
     """An algorithm that trains a policy, `learned.kernel`, in an environment with episodes.
 
     `config` has the fields of `EnvConfig`, `PolicyConfig` and `RunConfig`, and `sizes` is what else
-    an `Algorithm` holds. Raises ValueError where `make_kernel` does.
+    an `Algorithm` holds. Raises ValueError where `make_kernel` does, and for a rollout that does
+    not fit into memory.
     """
-    jax.eval_shape(lambda key: make_kernel(config, env.spec, key=key), jr.key(0))
+    options.check_rollout(config, env.spec, sizes["steps_per_update"])
     kernel = lambda state: state.learned.kernel
     seen = options.describe(config, oracle=config.memory == "oracle")
     return loop.Algorithm(
@@ -76,7 +75,8 @@ def main(config_type: type[C], make: Callable[[C], loop.Algorithm], *, cores: bo
     with terminal.interruptible() as interruption:
         try:
             config = parse(config_type)
-            check_positive(config, "num_seeds", "checkpoints", "eval_episodes")
+            check(config)
+            options.warn(config)
             if cores:
                 use_cores(config.num_seeds)
             algorithm = make(config)
@@ -97,15 +97,11 @@ def parse(config_type: type[C], arguments: Sequence[str] | None = None) -> C:
 
     Raises RunError if there is nothing to resume.
     """
-    config = tyro.cli(config_type, args=arguments)
+    config = options.parse(config_type, arguments)
     if not config.resume or config.out is None:
         return config
     then = records.read_config(Path(config.out), config_type)
-    tables = {k: v for k, v in vars(then).items() if isinstance(v, dict)}
-    unsaid = {k: {} for k in tables}  # else tyro would make an option of each key
-    default = replace(then, out=config.out, resume=True, **unsaid)
-    now = tyro.cli(config_type, args=arguments, default=default)
-    return replace(now, **{k: v for k, v in tables.items() if not vars(now)[k]})
+    return options.parse(config_type, arguments, default=replace(then, out=config.out, resume=True))
 
 
 def train(make: Callable[[C], loop.Algorithm], config: C, out: Path) -> dict[str, Any]:

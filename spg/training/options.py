@@ -1,37 +1,52 @@
-"""What a command line says: the options that scripts share, their checks, and what they open."""
+"""What a command line says: the options that scripts share, and what they open.
 
+Ranges stand beside the fields; `spg.limits.check` walks them.
+"""
+
+import dataclasses
+import math
+import sys
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
+import jax
+import jax.random as jr
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from spg.types import Env
+from spg import limits
+from spg.kernels.factory import make_kernel
+from spg.limits import Count, Needs, NonNegative, Range, Seed
+from spg.types import Env, Spec
 from spg.worlds import WORLDS, read_pomdp
 from spg.worlds.models import Problem
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every script offers."""
+    """The run, e.g. --num-seeds 8 --out runs/first, and later the same with --resume."""
 
-    seed: int = 0
-    """of the first run; the others take the next integers"""
-    num_seeds: int = 4
+    seed: Seed = 0
+    """of the first training; the others take the next integers"""
+    num_seeds: Count = 4
     """independent trainings, vmapped into one program"""
     out: str | None = None
     """directory of the run; by default a new one under runs/"""
     resume: bool = False
     """go on from the last checkpoint in --out, to the same bits"""
-    checkpoints: int = 20
+    checkpoints: Count = 20
     """how many checkpoints, each with an evaluation, a run writes (at most one an update)"""
-    eval_episodes: int = 16
+    eval_episodes: Count = 16
     """fresh episodes of each evaluation, sampled and noise-free, per seed"""
 
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """What every script that opens an environment offers."""
+    """The environment, e.g. --env TMaze-memory --observe all --env-params length 50 noise 0.1"""
 
     env: str = "CartPole-v1"
     """a Gymnax environment, brax/<name>, or one of ours: TMaze-memory, RepeatFirst-memory,
@@ -43,25 +58,124 @@ class EnvConfig:
     """append the previous action to the observation"""
     privileged: bool = False
     """show the critic the full state"""
-    backend: Literal["generalized", "spring", "positional", "mjx"] | None = None
+    backend: Annotated[
+        Literal["generalized", "spring", "positional", "mjx"] | None, Needs(env="brax/*")
+    ] = None
     """physics of Brax; by default spring, the fastest on a CPU"""
-    env_params: dict[str, float] = field(default_factory=dict)
+    env_params: dict[str, Annotated[float, Range()]] = field(default_factory=dict)
     """parameters of the environment to change, e.g. --env-params length 50"""
 
 
 @dataclass(frozen=True)
 class ProblemConfig:
-    """What every script offers that trains a finite-state controller in a finite world."""
+    """The problem and its controller, e.g. --problem heavenhell --num-z 20 --out-degree 2"""
 
     problem: str = "loadunload"
     """tiger, loadunload, heavenhell, pentagon, factory, ringworld, one of the traps of k-step
     gradients (twostate, chain, matching, aggregated, cartpole), or a file in the .POMDP format"""
-    num_z: int = 4
+    num_z: Count = 4
     """|G|, the number of I-states"""
-    out_degree: int = 3
+    out_degree: Count = 3
     """k, the random successors of each I-state and observation; num_z: all"""
-    start_std: float = 0.0
+    start_std: NonNegative = 0.0
     """standard deviation of the logits at the start"""
+
+
+C = TypeVar("C")
+GROUPS = {
+    "EnvConfig": "environment",
+    "ProblemConfig": "problem",
+    "PolicyConfig": "policy",
+    "Config": "training",
+    "RunConfig": "run",
+}
+"""The headings of a help page, by the class that declares the options."""
+
+
+def parse(
+    config_type: type[C], args: Sequence[str] | None = None, *, default: C | None = None
+) -> C:
+    """The configuration that a command line asks for; what it leaves out is as in `default`.
+
+    The help page has a group for what each base class brings, under its docstring. Whole numbers
+    may be written 1e6.
+    """
+    values = {} if default is None else vars(default)
+    owners: dict[str, list[str]] = {}  # by heading
+    for f in dataclasses.fields(config_type):  # type: ignore[arg-type]
+        title = GROUPS.get(_owner(config_type, f.name).__name__, "training")
+        owners.setdefault(title, []).append(f.name)
+    groups = {title: owners[title] for title in GROUPS.values() if title in owners}
+    parts = {title: _part(config_type, names, values) for title, names in groups.items()}
+    page: Any = dataclasses.make_dataclass(config_type.__name__, parts.items())
+    omit = (tyro.conf.OmitArgPrefixes,)
+    if len(parts) == 1:
+        (page,), omit = parts.values(), ()
+    text = _wrapped(sys.modules[config_type.__module__].__doc__ or "")
+    parsed = tyro.cli(page, args=args, registry=NUMBERS, description=text, config=omit)
+    said: dict[str, Any] = {}
+    for title, names in groups.items():
+        part = vars(parsed)[title] if omit else parsed
+        said |= {name: vars(part)[name] for name in names}
+    unsaid = {k: v for k, v in values.items() if isinstance(v, dict) and not said[k]}
+    return config_type(**said | unsaid)
+
+
+def warn(config: Any) -> None:
+    """Print a line on stderr for each option that was set in vain."""
+    for line in limits.without_effect(config):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _owner(config_type: type, name: str) -> type:
+    """The class that declares a field first."""
+    return [c for c in config_type.__mro__ if name in vars(c).get("__annotations__", {})][-1]
+
+
+def _part(config_type: type, names: list[str], values: dict[str, Any]) -> type:
+    """`config_type` with these options alone, and `values` for defaults."""
+    changed: list[Any] = []
+    for f in dataclasses.fields(config_type):
+        if f.name not in names:
+            changed.append((f.name, f.type, field(init=False, default=None)))
+        elif isinstance(value := values.get(f.name), dict):  # tyro would make an option of each key
+            changed.append((f.name, f.type, field(default_factory=dict)))
+        elif f.name in values:
+            changed.append((f.name, f.type, field(default=value)))
+    words = {"__doc__": _owner(config_type, names[0]).__doc__}
+    return dataclasses.make_dataclass(
+        config_type.__name__, changed, bases=(config_type,), frozen=True, namespace=words
+    )
+
+
+def _wrapped(text: str) -> str:
+    """Paragraphs of 80 columns, examples as they are; tyro joins lines that are not indented."""
+    paragraphs = [p if p.startswith(" ") else " ".join(p.split()) for p in text.split("\n\n")]
+    indent = {"width": 79, "initial_indent": " ", "subsequent_indent": " "}
+    return "\n\n".join(p if p.startswith(" ") else textwrap.fill(p, **indent) for p in paragraphs)
+
+
+NUMBERS = ConstructorRegistry()
+"""How tyro reads numbers: see `parse`."""
+
+
+@NUMBERS.primitive_rule
+def _whole(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """An integer, also as 1e6; another number is passed on, for its range refuses it by name."""
+    if info.type is not int:
+        return None
+
+    def read(words: list[str]) -> Any:
+        try:
+            return int(words[0])
+        except ValueError:
+            value = float(words[0])
+            return int(value) if value.is_integer() else value
+
+    return PrimitiveConstructorSpec(
+        nargs=1, metavar="INT", instance_from_str=read,
+        is_instance=lambda x: isinstance(x, int), str_from_instance=lambda x: [str(x)],
+    )  # fmt: skip
 
 
 def describe(config: EnvConfig, *, oracle: bool = False) -> str:
@@ -90,9 +204,6 @@ def arguments(params: dict[str, Any]) -> dict[str, Any]:
 
 def open_problem(config: ProblemConfig) -> Problem:
     """The world that `config` names. Raises ValueError or OSError for what cannot be opened."""
-
-    check_positive(config, "num_z", "out_degree")
-    check_range(config, 0.0, float("inf"), "start_std")
     if config.out_degree > config.num_z:
         raise ValueError(f"out_degree {config.out_degree} is more than num_z {config.num_z}")
     if config.problem in WORLDS:
@@ -103,16 +214,48 @@ def open_problem(config: ProblemConfig) -> Problem:
     raise ValueError(f"unknown problem {config.problem!r}; choose from {known}, or a .POMDP file")
 
 
-def check_range(config: Any, low: float, high: float, *names: str) -> None:
-    """Raise ValueError for the first of these fields that is out of the limits, or not finite."""
-    for name in names:
-        value = getattr(config, name)
-        if not (low <= value <= high and np.isfinite(value)):
-            raise ValueError(f"{name} is {value}; it has to be from {low:g} to {high:g}")
+def check_updates(config: Any, num_updates: int, each: str) -> None:
+    """Raise ValueError for fewer updates than one, or more than their metrics have room for."""
+    if num_updates < 1:
+        raise ValueError(
+            f"total_steps {config.total_steps} is less than one update of {each}; fewer or "
+            "shorter ones, or more steps, would do"
+        )
+    rows = num_updates / min(num_updates, config.checkpoints) * config.num_seeds
+    limits.fits(
+        8 * rows, f"the metrics of {num_updates:,} updates between {config.checkpoints} checkpoints"
+    )
 
 
-def check_positive(config: Any, *names: str) -> None:
-    """Raise ValueError for the first of these fields that is not at least 1."""
-    for name in names:
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name} is {value}; it has to be at least 1")
+def check_rollout(config: Any, spec: Spec, num_steps: int) -> None:
+    """Raise ValueError unless a kernel can be made, and it and a rollout fit into memory.
+
+    `num_steps` are those of all environments of a seed.
+    """
+    kernel = jax.eval_shape(lambda key: make_kernel(config, spec, key=key), jr.key(0))
+    leaves = [x for x in jax.tree.leaves(kernel) if hasattr(x, "shape")]
+    weights = sum(math.prod(x.shape) for x in leaves)
+    z_size = sum(math.prod(x.shape) for x in jax.tree.leaves(kernel.z0))
+    numbers = 2 * (spec.obs_size + (spec.critic_size if config.privileged else 0) + z_size) + 3
+    fits = partial(limits.fits, on_device=True)
+    fits(16 * config.num_seeds * weights, f"a policy of {weights:,} numbers, with Adam,")
+    size = 4 * config.num_seeds * num_steps * numbers
+    fits(size, f"a rollout of {config.num_seeds} seeds x {num_steps:,} steps x {numbers} numbers")
+    lanes = 2 * config.eval_episodes * (spec.obs_size + z_size)
+    fits(4 * config.num_seeds * lanes, f"the evaluation in {config.eval_episodes:,} episodes")
+
+
+def check_controller(config: ProblemConfig, problem: Problem, *, basis: int = 1) -> None:
+    """Raise ValueError unless the tables, and `basis` functions of (s, g), fit into memory."""
+    size, num_obs, num_actions = (
+        len(problem.states),
+        problem.pomdp.num_obs,
+        problem.pomdp.num_actions,
+    )
+    successors = num_obs * (config.num_z if config.out_degree < config.num_z else 0)
+    tables = config.num_z * (successors + num_obs * (config.out_degree + num_actions))
+    num_seeds = max(1, getattr(config, "num_seeds", 1))
+    numbers = num_seeds * (tables + basis * size * config.num_z)
+    limits.fits(
+        4 * numbers, f"controllers of {config.num_z:,} I-states in {problem.name}", on_device=True
+    )

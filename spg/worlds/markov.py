@@ -2,7 +2,10 @@
 
 import numpy as np
 
+from spg.limits import Range, fits
 from spg.worlds.models import Problem, sparse_pomdp
+
+PROBABILITY = Range(0, 1)
 
 
 def swap_hmm(epsilon: float, *, controlled: bool = False) -> Problem:
@@ -11,8 +14,8 @@ def swap_hmm(epsilon: float, *, controlled: bool = False) -> Problem:
     Each is seen through 10 % noise. Starts in 0. The controlled one, of ours, has two actions, one
     to swap and one to stay, each with the other's effect with probability ε. Rewards are 0.
     """
+    PROBABILITY.check("epsilon", epsilon)
     swap = np.array([[epsilon, 1 - epsilon], [1 - epsilon, epsilon]])
-    _probability(epsilon)
     actions = ("stay", "swap") if controlled else ("swap",)
     transition = np.stack([1 - swap, swap] if controlled else [swap])
     emission = np.array([[0.9, 0.1], [0.1, 0.9]])
@@ -36,13 +39,15 @@ def random_hmm(
     """
     sizes = {"num_states": num_states, "num_obs": num_obs, "num_actions": num_actions}
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}; it has to be at least 1")
+        Range(1, 10**9, whole=True).check(name, size)
+    PROBABILITY.check("epsilon", epsilon)
+    Range(0, 100).check("contrast", contrast)
+    fits(60 * num_states**2 * num_actions, f"a random model of {num_states:,} states")
     rng = np.random.default_rng(seed)
     targets = rng.permuted(np.tile(np.arange(num_states), (num_actions, 1)), axis=1)
     noise = rng.exponential(size=(num_actions, num_states, num_states))
     noise /= noise.sum(-1, keepdims=True)
-    transition = (1 - _probability(epsilon)) * np.eye(num_states)[targets] + epsilon * noise
+    transition = (1 - epsilon) * np.eye(num_states)[targets] + epsilon * noise
     emission = np.exp(contrast * rng.normal(size=(num_states, num_obs)))
     emission /= emission.sum(-1, keepdims=True)
     start = np.full(num_states, 1 / num_states)
@@ -57,10 +62,11 @@ def ringworld(*, epsilon: float = 0.05) -> Problem:
     angles ξ of 0°, 70°, 170° and 250°, with probability ∝ exp(2 cos(θ - ξ)). Reward 1 on arrival in
     2 and 3, -1 in 6, 11 and 12. Start uniform. The angles, the noise and the discount are ours.
     """
+    PROBABILITY.check("epsilon", epsilon)
     size, moves = 12, {"CW1": 1, "CW2": 2, "CCW1": -1, "CCW2": -2}
     eye = np.eye(size)
     shifts = lambda n: np.roll(eye, n, 1)  # [s, s'], s' = s + n
-    slip = _probability(epsilon) / 2
+    slip = epsilon / 2
     transition = np.stack(
         [(1 - epsilon) * shifts(n) + slip * (eye + shifts(n + np.sign(n))) for n in moves.values()]
     )
@@ -75,12 +81,6 @@ def ringworld(*, epsilon: float = 0.05) -> Problem:
         states=tuple(str(s + 1) for s in range(size)), actions=tuple(moves),
         observations=("beacon 0°", "beacon 70°", "beacon 170°", "beacon 250°"),
     )  # fmt: skip
-
-
-def _probability(epsilon: float) -> float:
-    if not 0 <= epsilon <= 1:
-        raise ValueError(f"epsilon is {epsilon}; it has to be from 0 to 1")
-    return epsilon
 
 
 def _problem(

@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 from jaxtyping import Array, Float, Int
+
+from spg.limits import fits
 
 
 class DensePOMDP(NamedTuple):
@@ -177,8 +180,13 @@ def sparse(pomdp: DensePOMDP) -> SparsePOMDP:
 
 
 def dense(pomdp: SparsePOMDP) -> DensePOMDP:
-    """The same world without lists, its rewards averaged over the successors."""
+    """The same world without lists, its rewards averaged over the successors.
+
+    Raises ValueError for one that does not fit into memory.
+    """
     size, num_actions, _ = pomdp.successor.shape
+    entries = size * (num_actions * size + pomdp.num_obs)
+    fits(entries * pomdp.probability.dtype.itemsize, f"{size:,} states, without lists,")
     s, a = jnp.arange(size)[:, None], jnp.arange(num_actions)[None, :, None]
     transition = jnp.zeros((size, num_actions, size), pomdp.probability.dtype)
     transition = transition.at[s[..., None], a, pomdp.successor].add(pomdp.probability)
@@ -207,6 +215,50 @@ def aggregate(pomdp: SparsePOMDP, groups: np.ndarray) -> SparsePOMDP:
         pomdp.successor, pomdp.probability, pomdp.reward, jnp.asarray(groups, jnp.int32)[:, None],
         jnp.ones_like(pomdp.emission[:, :1]), pomdp.start, num_groups,
     )  # fmt: skip
+
+
+def check(pomdp: POMDP) -> None:
+    """Raise ValueError for arrays that are no world, naming the row.
+
+    Shapes have to fit each other, indices to be in range, probabilities to be at least 0 and to sum
+    to 1 (within 1e-5), and rewards to be finite. Traced arrays are checked by their shapes alone.
+    """
+    names = ("successor", "probability", "reward", "observation", "emission", "start")
+    names = DensePOMDP._fields if isinstance(pomdp, DensePOMDP) else names
+    x = {name: getattr(pomdp, name) for name in names}
+    dense_axes = {"transition": "SAS", "observation": "SO", "reward": "SA", "start": "S"}
+    axes = {"successor": "SAN", "probability": "SAN", "reward": "SAN", "start": "S"}
+    axes |= {"observation": "SM", "emission": "SM"}
+    axes = dense_axes if isinstance(pomdp, DensePOMDP) else axes
+    sizes: dict[str, int] = {}
+    for name, letters in axes.items():
+        shape = x[name].shape
+        if len(shape) != len(letters) or any(
+            sizes.setdefault(letter, n) != n for letter, n in zip(letters, shape, strict=True)
+        ):
+            listed = ", ".join(f"{k} {v.shape}" for k, v in x.items())
+            raise ValueError(f"the arrays of a world do not fit each other: {listed}")
+    if any(isinstance(array, core.Tracer) for array in x.values()):
+        return
+    x = {name: np.asarray(array) for name, array in x.items()}
+    pair = lambda i: f"transitions of {_pair(i // sizes['A'], i % sizes['A'], (), ())}"
+    rows = {"start": lambda i: "start probabilities"}
+    rows |= {"transition": pair, "probability": pair}
+    rows |= {"observation": lambda i: f"observations of state {i}"}
+    if isinstance(pomdp, SparsePOMDP):
+        limits = {"successor": sizes["S"], "observation": pomdp.num_obs}
+        rows["emission"] = rows.pop("observation")
+        for name, limit in limits.items():
+            bad = x[name][(x[name] < 0) | (x[name] >= limit)]
+            if bad.size:
+                raise ValueError(f"{name} {bad[0]} is out of range: there are {limit}")
+    for name, title in rows.items():
+        if name in x:
+            p = x[name].reshape(-1, x[name].shape[-1]).astype(np.float64)
+            _total(p.ravel(), np.repeat(np.arange(len(p)), p.shape[1]), len(p), title)
+    if not np.isfinite(x["reward"]).all():
+        s, a, *_ = np.argwhere(~np.isfinite(x["reward"]))[0]
+        raise ValueError(f"the reward of {_pair(s, a, (), ())} is not finite")
 
 
 def _merge(key: np.ndarray, *values: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -1,10 +1,10 @@
 """The finite worlds of Aberdeen & Baxter (2002), a stand-in for their factory, and random ones."""
 
 from collections.abc import Callable
-from math import inf
 
 import numpy as np
 
+from spg.limits import Range, fits
 from spg.worlds.models import Problem, sparse_pomdp
 
 
@@ -228,13 +228,14 @@ def random_pomdp(
     ValueError for sizes with which this cannot be.
     """
     for name, value, low, high in (
-        ("num_states", num_states, 2, inf),
-        ("num_actions", num_actions, 1, inf),
+        ("num_states", num_states, 2, 2**31 - 1),
+        ("num_actions", num_actions, 1, 2**31 - 1),
         ("num_obs", num_obs, 1, num_states),
         ("num_successors", num_successors, 2, num_states),
     ):
-        if not low <= value <= high:
-            raise ValueError(f"{name} is {value}, but has to be in {low}..{high}")
+        Range(low, high, whole=True).check(name, value)
+    size = num_states * num_actions * num_successors
+    fits(150 * size, f"a random world of {size:,} transitions")
     rng = np.random.default_rng(seed)
     state = np.arange(num_states)
     shape = num_states, num_actions, num_successors

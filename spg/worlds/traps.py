@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
+from spg.limits import Range, fits
 from spg.worlds.models import Problem, aggregate, sparse_pomdp
 
 
@@ -23,7 +24,9 @@ def chain(n: int = 4, reward: float = 0.3) -> Problem:
     positive reward; the k-step gradient leaves it iff reward < (γⁿ - γ^k) / (1 - γ^{k+1}).
     Raises ValueError unless n >= 1.
     """
-    _whole("n", n, 1)
+    Range(1, 2**30, whole=True).check("n", n)
+    Range().check("reward", reward)
+    fits(300 * n, f"a chain of {n:,} steps")  # lists, their sorting, names
     state = np.arange(n + 1)
     s, a = np.repeat(state, 2), np.tile([0, 1], n + 1)
     to = np.stack([0 * state, np.minimum(state + 1, n)], 1).ravel()
@@ -33,7 +36,7 @@ def chain(n: int = 4, reward: float = 0.3) -> Problem:
         sparse_pomdp(
             (s, a, to, np.ones(len(s)), earned),
             (state, 0 * state, np.ones(n + 1)),
-            np.eye(n + 1)[0],
+            state == 0,
             num_actions=2,
             num_obs=1,
         ),
@@ -58,8 +61,10 @@ def matching(m: int = 2, reward: float = 0.3) -> Problem:
     positive reward; of one draw for both, held k >= m steps, 'up' improves upon 'return to 0' iff
     reward < (γ^m - γ^{k+1}) / (γ - γ^{k+m}). Raises ValueError unless m >= 1.
     """
-    _whole("m", m, 1)
+    Range(1, 10**6, whole=True).check("m", m)
+    Range().check("reward", reward)
     size = (m + 1) ** 2
+    fits(1500 * size, f"matching of {size:,} states")
     s, a = (x.ravel() for x in np.mgrid[:size, :9])
     i, j = np.divmod(s, m + 1)
     up, right = np.divmod(a, 3)
@@ -74,7 +79,7 @@ def matching(m: int = 2, reward: float = 0.3) -> Problem:
         sparse_pomdp(
             (s, a, to, np.ones(len(s)), earned),
             (state, state, np.ones(size)),
-            np.eye(size)[0],
+            state == 0,
             num_actions=9,
             num_obs=size,
         ),
@@ -94,9 +99,11 @@ def random_aggregated(
     Rows of transitions are normalised Gamma(.3) draws, rewards uniform in [0, 1]; starts in 0.
     Raises ValueError for a number below 1, and for more observations than states.
     """
-    _whole("num_states", num_states, 1)
-    _whole("num_actions", num_actions, 1)
-    _whole("num_obs", num_obs, 1, num_states)
+    Range(1, 10**9, whole=True).check("num_states", num_states)
+    Range(1, 10**9, whole=True).check("num_actions", num_actions)
+    Range(1, num_states, whole=True).check("num_obs", num_obs)
+    size = num_states**2 * num_actions
+    fits(120 * size, f"a random world of {size:,} transitions")
     rng = np.random.default_rng(seed)
     transition = rng.gamma(0.3, size=(num_states, num_actions, num_states))
     transition /= transition.sum(-1, keepdims=True)
@@ -106,7 +113,7 @@ def random_aggregated(
     pomdp = sparse_pomdp(
         (s, a, to, transition.ravel(), earned[s, a]),
         (state, state, np.ones(num_states)),
-        np.eye(num_states)[0],
+        state == 0,
         num_actions=num_actions,
         num_obs=num_states,
     )
@@ -131,8 +138,9 @@ def cartpole(bins: int = 10, *, repeat: int = 2) -> Problem:
     """
     from gymnax.environments.classic_control.cartpole import CartPole, EnvState
 
-    _whole("bins", bins, 2)
-    _whole("repeat", repeat, 1)
+    Range(2, 10**6, whole=True).check("bins", bins)
+    Range(1, 1000, whole=True).check("repeat", repeat)
+    fits(5000 * bins**4, f"a cart-pole of {bins:,}^4 nodes")
     env = CartPole()
     params = env.default_params
     limit = np.array([params.x_threshold, 3.0, params.theta_threshold_radians, 3.5])
@@ -194,12 +202,6 @@ TRAPS: dict[str, Callable[[], Problem]] = {
     "aggregated": random_aggregated,
     "cartpole": cartpole,
 }
-
-
-def _whole(name: str, value: int | float, least: int, most: int | float = np.inf) -> None:
-    if not (np.isfinite(value) and value == int(value) and least <= value <= most):
-        above = f" to {most}" if most < np.inf else " on"
-        raise ValueError(f"{name} is {value}; it has to be a whole number from {least}{above}")
 
 
 def _interpolate(points: np.ndarray, axes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
