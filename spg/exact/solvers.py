@@ -77,7 +77,7 @@ def arnoldi(
         return (state[3] > tol) & (state[4] < 20) & (state[5] < max_restarts * (size + 1))
 
     inf = jnp.full((), jnp.inf, start.dtype)
-    d, n = lax.while_loop(going, step, (start, push(start), start, inf, 0, 1))[2::3]
+    _, _, d, _, _, n = lax.while_loop(going, step, (start, push(start), start, inf, 0, 1))
     return _distribution(d), jnp.asarray(n)
 
 
