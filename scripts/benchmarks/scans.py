@@ -38,7 +38,7 @@ class Config:
     out: str | None = None
     """directory of the results; by default a new one under runs/"""
     lengths: tuple[Count, ...] = (16, 128, 1024, 8192)
-    """T"""
+    """T, steps of a recurrence"""
     widths: tuple[Count, ...] = (16, 64, 256)
     """numbers in x at a step"""
     batches: tuple[Count, ...] = (1, 16, 64)
