@@ -17,7 +17,6 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import matplotlib.pyplot as plt
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -148,6 +147,8 @@ def table(rows: list[Row], measure: str) -> str:
 
 
 def draw(rows: list[Row], path: Path, title: str) -> None:
+    import matplotlib.pyplot as plt  # here: it takes a second to load
+
     worlds = list(dict.fromkeys(row.world for row in rows))
     figure, axes = plt.subplots(1, len(worlds), figsize=(9, 4), sharey=True)
     for name, ax in zip(worlds, axes, strict=True):

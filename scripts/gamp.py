@@ -32,7 +32,7 @@ from spg.kernels.kernel import Kernel
 from spg.kernels.networks import trainable
 from spg.limits import Count, Needs, Positive, Range, check
 from spg.rollout import Evaluation
-from spg.training import cli, controllers, graphs, loop, metrics, options
+from spg.training import cli, controllers, loop, metrics, options
 from spg.training.loop import Report, State
 from spg.worlds.models import POMDP, Problem
 
@@ -136,6 +136,8 @@ def average_reward(kernel: Kernel, pomdp: POMDP) -> Array:
 
 def export(problem: Problem, learned: Learned, out: Path) -> None:
     """Save and draw the best controller, and say so where a gradient is not to be trusted."""
+    from spg.training import graphs  # here: matplotlib takes a second to load
+
     graphs.save_best(learned.kernel, problem, out)
     converged = metrics.read_metrics(out)["converged"]
     if failed := int((converged == 0).sum()):

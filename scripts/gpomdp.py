@@ -4,7 +4,7 @@ Aberdeen & Baxter (2002). An update is one gradient from endless trajectories th
 last ones stopped, with empty traces. A baseline of values also stands in for the rewards after a
 segment, and the last action of each is left out.
 
-    python scripts/gpomdp.py                                         # Exp-GPOMDP on Load/Unload
+    python scripts/gpomdp.py                   # Exp-GPOMDP on Load/Unload
     python scripts/gpomdp.py --problem heavenhell --num-z 20 --estimator istate
 """
 

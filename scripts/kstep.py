@@ -31,7 +31,7 @@ from spg.exact import ascent, kstep
 from spg.kernels.held import certain_logits, held_kernel
 from spg.limits import Count, Needs, NonNegative, Positive, Range, Seed, check, fits
 from spg.rollout import reset, rollout
-from spg.training import cli, options, plots, records, tables
+from spg.training import cli, options, records, tables
 from spg.types import Env
 from spg.worlds.models import POMDP, Problem, SparsePOMDP, dense
 
@@ -271,6 +271,8 @@ def main(config: Config) -> None:
 
 
 def run(config: Config) -> None:
+    from spg.training import plots  # here: matplotlib takes a second to load
+
     began = time.perf_counter()
     check(config)
     if not config.k or len(set(config.k)) < len(config.k):

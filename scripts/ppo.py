@@ -2,8 +2,8 @@
 
 An update is a rollout of every environment, then epochs of minibatches on it.
 
-    python scripts/ppo.py                    # S2PG on CartPole without velocities
-    python scripts/ppo.py --memory bptt      # the same, by backpropagation through time
+    python scripts/ppo.py                  # S2PG on CartPole without velocities
+    python scripts/ppo.py --memory bptt    # by backpropagation through time
     python scripts/ppo.py --env brax/ant --observe positions --total-steps 2e6
 """
 

@@ -3,7 +3,7 @@
 REINFORCE-RS and GPOMDP-RS of Al-Hafez et al. (2024): the score of the joint law of actions and
 internal states, so that nothing is propagated back through time.
 
-    python scripts/reinforce.py                      # S2PG-REINFORCE on RepeatFirst
+    python scripts/reinforce.py                # S2PG-REINFORCE on RepeatFirst
     python scripts/reinforce.py --estimator gpomdp --memory bptt
 """
 

@@ -130,7 +130,7 @@ def fits(size: int | float, what: str, *, on_device: bool = False) -> None:
     `on_device` looks at the accelerator, where JAX has one.
     """
     if size > (available := _available(on_device)):
-        gigabytes = [_number(float(f"{x / 2**30:.3g}")) for x in (size, available)]
+        gigabytes = [f"{float(f'{x / 2**30:.3g}'):,g}" for x in (size, available)]
         raise ValueError(
             f"{what} would take {gigabytes[0]} GiB of memory at least; {gigabytes[1]} are available"
         )

@@ -24,8 +24,14 @@ ROOMS: dict[str, set[str]] = {
 
 BACKEND = "importing Gymnax starts JAX's backend, and the command line sets its devices before"
 SLOW = "importing Brax and MuJoCo takes seconds, and only their environments need them"
+PAGE = "importing Orbax, TensorBoard and matplotlib takes seconds, and a page of help needs none"
 LATE = {
     "envs/brax.py": ({"brax", "brax.io"}, SLOW),
+    "training/cli.py": ({"spg.training"}, PAGE),
+    "training/loop.py": (
+        {"spg.training", *(f"spg.training.{x}" for x in ("checkpoints", "events", "resume"))},
+        PAGE,
+    ),
     "training/films.py": ({"spg.envs"}, BACKEND),
     "training/options.py": ({"spg.envs"}, BACKEND),
     "training/policies.py": ({"spg.envs"}, BACKEND),

@@ -1,7 +1,7 @@
 """GAMP: which solver, how it scales, and what it costs next to a direct and to SciPy's solver.
 
-    python scripts/benchmarks/gamp_scale.py --parts solvers          # gamp_solvers.csv and .png
-    python scripts/benchmarks/gamp_scale.py --parts scale compare    # gamp_scale.csv
+    python scripts/benchmarks/gamp_scale.py --parts solvers
+    python scripts/benchmarks/gamp_scale.py --parts scale compare
 
 Aberdeen & Baxter (2002) damp the power and Richardson iterations and leave open whether Krylov
 methods would do better. Controllers are random. What is compared is interleaved in one process.
@@ -75,8 +75,11 @@ class Config:
     patience: NonNegative = 10.0
     """seconds, of all its repeats, after which a program of `solvers` is not repeated"""
     cases: tuple[str, ...] = ("heavenhell", "heavenhell, std 0.3", "pentagon", "factory")
+    """controllers and worlds of `solvers`"""
     tolerances: tuple[Positive, ...] = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12, 1e-13)
+    """of `solvers`"""
     sizes: tuple[Count, ...] = (10_000, 31_623, 100_000, 316_228, 1_000_000)
+    """states of the random worlds of `scale`"""
     num_z: Count = 8
     """I-states in `scale` and `compare`; the factory has 4"""
     direct: tuple[States, ...] = (0, 250, 750)

@@ -1,7 +1,7 @@
 """k-step policy gradients: who escapes the chain trap, and what exact gradients cost.
 
     python scripts/benchmarks/kstep.py                 # all parts
-    python scripts/benchmarks/kstep.py --parts trap    # PPO and REINFORCE, with and without
+    python scripts/benchmarks/kstep.py --parts trap    # PPO and REINFORCE
 
 Trainings are runs of their own under --out, as the scripts leave them; complete ones are not run
 again. Times are medians of interleaved repeats, with SciPy's loop over policies and steps beside.

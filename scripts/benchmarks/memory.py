@@ -1,6 +1,6 @@
 """What memory costs: environment step, rollout and PPO update of each memory, in one process.
 
-    python scripts/benchmarks/memory.py                       # GRU and linear cell, CartPole
+    python scripts/benchmarks/memory.py          # GRU and linear cell
     python scripts/benchmarks/memory.py --cells gru --z-size 64 --repeats 50
 
 Everything is compiled first; then every repeat times each program once, and a ratio is the median,

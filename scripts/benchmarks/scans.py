@@ -1,7 +1,7 @@
 """What a linear recurrence costs: each form of `linear_scan`, forward and with its backward pass.
 
-    python scripts/benchmarks/scans.py                         # real and complex, T up to 8192
-    python scripts/benchmarks/scans.py --lengths 128 --dtypes float32 --repeats 50
+    python scripts/benchmarks/scans.py           # real and complex
+    python scripts/benchmarks/scans.py --lengths 128 --dtypes float32
 
 `scan` and `associative_scan` are those of JAX, differentiated by JAX; `auto` is what the library
 calls. All forms of a size are timed in turn, in random order, and a ratio is the median of the
@@ -38,7 +38,7 @@ class Config:
     out: str | None = None
     """directory of the results; by default a new one under runs/"""
     lengths: tuple[Count, ...] = (16, 128, 1024, 8192)
-    """T"""
+    """T, steps of a recurrence"""
     widths: tuple[Count, ...] = (16, 64, 256)
     """numbers in x at a step"""
     batches: tuple[Count, ...] = (1, 16, 64)

@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray
 
 from spg.limits import check
 from spg.rollout import evaluation
-from spg.training import films, graphs, loop, options, records, summaries, terminal
+from spg.training import loop, options, records, terminal
 from spg.training.metrics import AVERAGE_REWARD
 from spg.training.options import RunConfig
 from spg.types import Env
@@ -35,6 +35,8 @@ def in_episodes(
     an `Algorithm` holds. Raises ValueError where `make_kernel` does, and for a rollout that does
     not fit into memory.
     """
+    from spg.training import films  # here and below: matplotlib takes a second to load
+
     options.check_rollout(config, env.spec, sizes["steps_per_update"])
     kernel = lambda state: state.learned.kernel
     seen = options.describe(config, oracle=config.memory == "oracle")
@@ -53,6 +55,8 @@ def in_episodes(
 
 def of_controllers(problem: Problem, method: str, **parts: Any) -> loop.Algorithm:
     """An algorithm that trains a finite-state controller, `learned.kernel`, in a finite world."""
+    from spg.training import graphs
+
     shared: dict[str, Any] = {
         "title": f"{method}: {problem.name}",
         "kernel": lambda state: state.learned.kernel,
@@ -86,6 +90,8 @@ def main(config_type: type[C], make: Callable[[C], loop.Algorithm], *, cores: bo
         again = f"--out {directory} --resume goes on from the last checkpoint"
         interruption.line = f"interrupted; {again}"
         print(f"{algorithm.title}; run directory {directory}", file=sys.stderr)
+        from spg.training import summaries
+
         try:
             print(summaries.table(directory, loop.run(config, algorithm, directory)))
         except (records.RunError, OSError) as error:
@@ -110,6 +116,8 @@ def train(make: Callable[[C], loop.Algorithm], config: C, out: Path) -> dict[str
     algorithm = make(config)
     records.open_run(config, algorithm.name)
     if (out / "summary.json").exists():
+        from spg.training import summaries
+
         return summaries.read_summary(out)
     print(f"{algorithm.title}, {out.name}", file=sys.stderr)
     return loop.run(config, algorithm, out)

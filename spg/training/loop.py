@@ -22,13 +22,10 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from spg.kernels.kernel import Kernel
 from spg.rollout import Evaluation
-from spg.training import policies, records, summaries
-from spg.training.checkpoints import Checkpoints
+from spg.training import policies, records
 from spg.training.devices import SPLIT, WHOLE, devices, program
-from spg.training.events import Events
 from spg.training.metrics import EMPTY, RETURN, Measure, Table
 from spg.training.records import RunError, writing
-from spg.training.resume import Snapshot, resume
 from spg.training.terminal import Progress
 
 if TYPE_CHECKING:
@@ -95,6 +92,12 @@ def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
 
 
 def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
+    # here: Orbax, TensorBoard and matplotlib take seconds to load, which --help should not
+    from spg.training import summaries
+    from spg.training.checkpoints import Checkpoints
+    from spg.training.events import Events
+    from spg.training.resume import Snapshot, resume
+
     numbers = np.arange(config.seed, config.seed + config.num_seeds)
     marks = _marks(algorithm.num_updates, config.checkpoints * SLICES)
     at_checkpoints = set(_marks(algorithm.num_updates, config.checkpoints))
