@@ -14,7 +14,8 @@ from jax import lax
 
 from scripts import gamp, gpomdp, ppo, reinforce
 from spg.training import loop, options
-from spg.training.records import open_run, read_metrics
+from spg.training.metrics import read_metrics
+from spg.training.records import open_run
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"num_envs": 4, "num_seeds": 2, "z_size": 4, "eval_episodes": 2, "hidden": (8,)}
@@ -139,7 +140,7 @@ def test_training_vmaps_over_learning_rate_and_gamma(script, config):
         swept = replace(config, learning_rate=learning_rate, gamma=gamma)
         state = script.init(swept, env, key)
         step = lambda state, _: script.step(swept, env, state)
-        return lax.scan(step, state, length=2)[1]["gradient_norm"]
+        return lax.scan(step, state, length=2)[1].metrics["gradient_norm"]
 
     rates, gammas = jnp.array([1e-2, 1e-3, 1e-2]), jnp.array([0.9, 0.9, 0.5])
     key = jr.key(0)
@@ -158,9 +159,9 @@ def test_first_ppo_ratio_is_one_also_after_updates():
     state = ppo.init(config, env, jr.key(0))
     step = jax.jit(partial(ppo.step, config, env))
     for _ in range(3):
-        state, metrics = step(state)
-        assert metrics["kl"] < 1e-9
-        assert metrics["clipped"] == 0
+        state, report = step(state)
+        assert report.metrics["kl"] < 1e-9
+        assert report.metrics["clipped"] == 0
 
 
 def test_readme_example_runs():
