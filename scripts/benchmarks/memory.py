@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ppo
 
 from spg.kernels.linear import Linear
+from spg.kernels.networks import learned
 from spg.limits import Count, Seed, Size, check
 from spg.rollout import rollout
 from spg.training import cli, options, records, tables
@@ -123,8 +124,9 @@ def methods(config: Config) -> list[Method]:
 
 def multiply_adds(config: ppo.Config) -> int:
     """Of one step forward through policy and critic: the entries of their matrices."""
-    agent = jax.eval_shape(ppo.make(config).init, jr.key(0)).agent
-    return sum(x.size for x in jax.tree.leaves(agent) if x.ndim == 2)
+    kernel, critic, _ = jax.eval_shape(ppo.make(config).init, jr.key(0)).learned
+    parts = jax.tree.leaves((kernel, critic))
+    return sum(x.size for x in parts if x.ndim == 2)
 
 
 def match(make: Callable[[int], ppo.Config], count: int) -> ppo.Config:
@@ -140,9 +142,8 @@ def init(method: Method, env: Env, key: PRNGKeyArray) -> ppo.State:
     cell = Linear(state.world.obs.shape[-1], method.config.z_size, method="associative", key=key)
     kernel = eqx.tree_at(lambda kernel: kernel.cell.location, state.learned.kernel, cell)
     agent = ppo.Agent(kernel, state.learned.critic)
-    params = eqx.filter(agent, eqx.is_inexact_array)
-    learned = ppo.Learned(*agent, ppo.optimiser(method.config).init(params))
-    return state._replace(learned=learned)
+    opt_state = ppo.optimiser(method.config).init(eqx.filter(agent, learned(agent)))
+    return state._replace(learned=ppo.Learned(*agent, opt_state))
 
 
 def act(config: ppo.Config, env: Env, state: ppo.State) -> Any:
