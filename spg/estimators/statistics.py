@@ -17,7 +17,7 @@ from spg.kernels.kernel import Kernel
 from spg.types import Transition, critic_view, policy_view
 
 SHARE = 0.5  # of an update's own change; the rest is room for the error of a mean over few steps
-FEW = 1024  # steps on which changes are measured
+FEW = 512  # steps on which changes are measured
 
 
 def joint_kl(kernel: Kernel, before: Kernel, segments: Transition) -> Float[Array, ""]:
