@@ -48,7 +48,7 @@ def test_values_solve_their_equations_and_start_with_the_return(pomdp, kernel):
     """V is the mean of Q over (o, z', a), written as loops; J is the limit of long horizons."""
     exact_values = eqx.filter_jit(enumeration.discounted_values)(kernel, pomdp, gamma=GAMMA)
     value, q_value, _, expected_return = map(np.asarray, exact_values)
-    omega, mu = (special.softmax(x.logits, -1) for x in (kernel.cell, kernel.head))
+    omega, mu = (special.softmax(x.logits, -1) for x in (kernel.cell.distribution, kernel.head))
     long = eqx.filter_jit(enumeration.expected_return)(kernel, pomdp, gamma=GAMMA, num_steps=400)
     pomdp = jax.tree.map(np.asarray, pomdp)
     for s, g in np.ndindex(value.shape):
