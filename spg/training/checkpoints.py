@@ -52,7 +52,7 @@ class Checkpoints:
             os.rename(partial, path)
         except (OSError, ValueError) as error:
             self.clean()
-            reason = str(error).splitlines()[0].rsplit(": ", 1)[-1]
+            reason = str(error).splitlines()[0].rsplit(": ", 1)[-1].split(" [os_error")[0]
             raise RunError(
                 f"checkpoint {path} cannot be written: {reason}; those before it are kept, and "
                 "--resume goes on from there"
@@ -107,7 +107,7 @@ class Checkpoints:
     def clean(self) -> None:
         """Remove what a killed process left unfinished."""
         for path in self._directory.glob("*.partial*"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # a thread of a failed save may still write
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class RunConfig:
     out: str | None = None
     """directory of the run; by default a new one under runs/"""
     resume: bool = False
-    """go on from the last checkpoint in --out, to the same bits"""
+    """go on from the last checkpoint in --out, to the same bits, with the options of that run"""
     checkpoints: Count = 20
     """how many checkpoints, each with an evaluation, a run writes (at most one an update)"""
     eval_episodes: Count = 16
