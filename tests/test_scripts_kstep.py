@@ -76,12 +76,12 @@ def test_sampled_gradients_leave_the_trap_if_held_for_8_steps(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"k": (0, 2)}, r"k is \(0, 2\); it lists different numbers of at least 1"),
+        ({"k": (0, 2)}, r"k is 0; it has to be at least 1"),
         ({"k": (2, 2)}, r"k is \(2, 2\)"),
-        ({"gamma": 1.5}, "gamma is 1.5; it has to be between 0 and 1"),
+        ({"gamma": 1.5}, "gamma is 1.5; it has to be at least 0 and below 1"),
         ({"problem_params": {"length": 2.0}}, "aggregated has no parameter 'length'; choose from"),
         ({"problem": "twostate", "problem_params": {"n": 2.0}}, "no parameter 'n'; choose from"),
-        ({"problem": "chain", "problem_params": {"n": 0.0}}, "n is 0; it has to be a whole number"),
+        ({"problem": "chain", "problem_params": {"n": 0.0}}, "n is 0; it has to be at least 1"),
         (
             {"problem": "matching", "problem_params": {"m": 4.0}},
             "matching-4 has 3\\^10 deterministic policies; 5,000 can be listed",

@@ -41,7 +41,7 @@ def refused(capsys, monkeypatch):
         (["--observe=positions"], "no velocities to hide"),
         (["--num-minibatches=3"], "num_minibatches 3 does not divide the 32 segments"),
         (["--segment-length=5"], "1, 2, 4, 8 would"),
-        (["--state-std=0"], "memory bptt"),
+        (["--state-std=0"], "memory bptt is without noise"),
         (["--cell=gruu"], "gru"),
         (["--backend=sprong"], "spring"),
         (["--total-steps=10"], "less than one update"),

@@ -247,10 +247,7 @@ def picture(path: Path, rows: list[dict[str, Any]]) -> None:
 def main(config: Config) -> list[dict[str, Any]]:
     check(config)
     if not sizes(config):
-        raise ValueError(
-            "lengths, widths and batches have no size in common with at most "
-            f"max_numbers {config.max_numbers} numbers"
-        )
+        raise ValueError(f"every size has more than max_numbers {config.max_numbers} numbers")
     out = records.open_run(config, "scans-benchmark", resumable=False)
     rows = tabulate(config)
     with (out / "scans.csv").open("w", newline="") as file:

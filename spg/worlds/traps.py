@@ -15,7 +15,7 @@ from spg.limits import Range, fits
 from spg.worlds.models import Problem, aggregate, sparse_pomdp
 
 
-def chain(n: int | float = 4, reward: float = 0.3) -> Problem:
+def chain(n: int = 4, reward: float = 0.3) -> Problem:
     """Stay and earn a little, or advance n steps blindly to where advancing earns 1.
 
     State 0..n, one observation. 'stay' leads to 0, and earns `reward` in 0 alone; 'advance' leads
