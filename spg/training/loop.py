@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 
 CLOCKS = ("compile_seconds", "train_seconds", "evaluate_seconds")  # of all processes together
 SLICES = 5  # reports of progress between two checkpoints
-ONCE = {
-    "xla_backend_optimization_level": 0
-}  # a program that runs once compiles in a third of the time
+# for a program that runs once: compiling takes a third of the time
+ONCE = {"xla_backend_optimization_level": 0}
 ADVICE = "a smaller --learning-rate, in another --out, would be the first thing to try"
 
 
