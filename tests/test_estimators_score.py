@@ -234,7 +234,7 @@ def test_vanishing_noise_recovers_the_gradient_of_the_computed_kernel(name):
         kernel = make_kernel(name, jr.key(1), z_size=1, state_std=state_std)
         grad = quadrature_gradient(kernel, pomdp, 2)
         return largest_difference(
-            (grad.cell.location, grad.head), (truth.cell.location, truth.head)
+            (grad.cell.distribution.location, grad.head), (truth.cell.location, truth.head)
         )
 
     assert gap(1e-5) < 1e-9
