@@ -2,10 +2,11 @@
 
     python scripts/filters.py --out runs/filters
 
-Two states swap with probability 1 - ε and are seen through 10 % noise. Filters for several decays δ
-guess the state by the largest entry: δ = λ / log(1/ε) with λ below ξ, and √ε, which the theory
-admits, ε², 0 and 1, which it does not; and the belief, which is optimal. The same is done with
-actions, uniform on stay and swap, which have each other's effect with probability ε.
+Two states swap with probability 1 - ε and are seen through 10 % noise. Leaky filters guess the
+state by their largest entry, for several decays: δ = λ / log(1/ε) with λ below ξ, and √ε, which the
+theory admits; ε², 0 and 1, which it does not. The belief, which is optimal, guesses too. A second
+world has two actions, stay and swap, drawn uniformly; each has the other's effect with probability
+ε. The script takes seconds to minutes and cannot be resumed.
 """
 
 import csv

@@ -52,7 +52,8 @@ class Config(options.ProblemConfig, options.RunConfig):
     bound: Annotated[float, Range(0, 300, open="low", usual="5 to 20 is usual")] = 12.0
     """logits are kept in [-bound, bound], away from saturation"""
     solver: Literal["arnoldi", "gmres", "bicgstab", "damped"] = "arnoldi"
-    """of the stationary law and of the Poisson equation (with arnoldi, by bicgstab and gmres)"""
+    """of the stationary distribution and of the Poisson equation (with arnoldi, by bicgstab and
+    gmres)"""
     precision: Literal["double", "single"] = "double"
     """of the arithmetic; gradients at a zero start may be as small as 1e-7"""
 

@@ -1,8 +1,9 @@
 """k-step policy gradients on small worlds: the gap to the best deterministic policy, against k.
 
-DeWeese & Qu (2026). Every k and every run are one vmapped program. Mirror and projected ascent are
-over laws of deterministic policies, with the step sizes of the theorem; product and mixture are
-softmax policies with their actions held, trained by Adam.
+DeWeese & Qu (2026). All k and all runs are vmapped into one program, which takes seconds to
+minutes and cannot be resumed. Mirror and projected ascent move a distribution over deterministic
+policies by the step sizes of the theorem. Product and mixture are softmax policies whose actions
+are held; Adam trains them.
 
     python scripts/kstep.py                      # 40 random aggregated worlds
     python scripts/kstep.py --problem chain --method product --gradient sampled
@@ -45,7 +46,8 @@ class Config:
     problem_params: dict[str, Annotated[float, Range()]] = field(default_factory=dict)
     """arguments of the problem, e.g. --problem-params n 5 reward 0.5"""
     method: Literal["mirror", "projected", "product", "mixture"] = "mirror"
-    """ascent over laws of deterministic policies; or Adam on softmax policies, one or several"""
+    """ascent over distributions of deterministic policies; or Adam on softmax policies, one or
+    several"""
     gradient: Literal["exact", "sampled"] = "exact"
     """from the model, or from recorded trajectories"""
     k: tuple[Count, ...] = (1, 2, 4, 8, 16, 32)
@@ -143,8 +145,8 @@ def check_memory(config: Config, problem: Problem, num_policies: int) -> None:
         fits(8 * 4 * steps, f"{steps:,} sampled steps for each k", on_device=True)
 
 
-def law(config: Config, world: World, params: PyTree) -> Float[Array, " N"]:
-    """The law over deterministic policies that the parameters stand for."""
+def weights_of(config: Config, world: World, params: PyTree) -> Float[Array, " N"]:
+    """The distribution over deterministic policies that the parameters stand for."""
     if isinstance(params, Softmax):
         return kstep.product_weights(jnp.asarray(world.policies), *params)
     return jnp.exp(params) if config.method == "mirror" else params
@@ -187,7 +189,7 @@ def sampled_gradient(
         mean = gpomdp.gradient(sampled.responsibilities, kernel, memory, trajs, weight)
         cell: Any = jax.tree.map(lambda g: config.num_steps * g, mean).cell
         return Softmax(cell.distribution.logits, cell.distribution.mixture)
-    log_w = jnp.log(law(config, world, params))
+    log_w = jnp.log(weights_of(config, world, params))
     kernel = held_kernel(
         certain_logits(world.policies, world.num_actions), log_w, k=k, slots=world.slots
     )
@@ -210,7 +212,7 @@ def update(
 ) -> tuple[tuple[Any, Any], Float[Array, ""]]:
     """One step of the ascent, and J before it."""
     params, opt_state = state
-    weights, pull = jax.vjp(partial(law, config, world), params)
+    weights, pull = jax.vjp(partial(weights_of, config, world), params)
     solution = kstep.kstep_values(world.pomdp, world.joint, weights, k=k, gamma=world.gamma)
     gradient: Any = solution.gradient
     if config.gradient == "sampled":

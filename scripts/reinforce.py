@@ -1,7 +1,7 @@
 """REINFORCE and GPOMDP for stateful policies, with variance-optimal baselines.
 
-REINFORCE-RS and GPOMDP-RS of Al-Hafez et al. (2024): the score of the joint law of actions and
-internal states, so that nothing is propagated back through time.
+REINFORCE-RS and GPOMDP-RS of Al-Hafez et al. (2024): the score of the joint distribution of actions
+and internal states, so that nothing is propagated back through time.
 
     python scripts/reinforce.py                # S2PG-REINFORCE on RepeatFirst
     python scripts/reinforce.py --estimator gpomdp --memory bptt

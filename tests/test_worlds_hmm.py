@@ -48,10 +48,16 @@ def test_columns_without_a_likeliest_successor_are_told():
     ("changes", "message"),
     [
         ({"emission": np.array([[0, 0, 0], [1, 1, 1]])}, "emissions of observation 0 are all zero"),
-        ({"emission": np.ones((2, 3))}, "column 0 of E is no law, it sums to 2"),
-        ({"emission": np.array([[1.5, 1, 1], [-0.5, 0, 0]])}, "column 0 of E is no law"),
-        ({"start": np.array([1.0, np.nan, 0.0])}, "column 0 of start is no law, it sums to nan"),
-        ({"transition": np.eye(3)[None] * [1, 0.5, 1]}, r"column 1 of T\(0\) is no law, .* 0.5"),
+        ({"emission": np.ones((2, 3))}, "column 0 of E is no distribution, it sums to 2"),
+        ({"emission": np.array([[1.5, 1, 1], [-0.5, 0, 0]])}, "column 0 of E is no distribution"),
+        (
+            {"start": np.array([1.0, np.nan, 0.0])},
+            "column 0 of start is no distribution, it sums to nan",
+        ),
+        (
+            {"transition": np.eye(3)[None] * [1, 0.5, 1]},
+            r"column 1 of T\(0\) is no distribution, .* 0.5",
+        ),
         ({"start": np.full(4, 0.25)}, r"different S: \[\(1, 3, 3\), \(2, 3\), \(4,\)\]"),
         ({"transition": np.eye(3)}, "of different S"),
     ],

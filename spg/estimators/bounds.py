@@ -1,7 +1,8 @@
 """How large the variance of a score estimate can be: theorems 3.4 and 3.5 of S2PG.
 
-For ĝ = J(τ) Σ_t ∇ log π with Gaussian laws, averaged over N trajectories; its variance is the trace
-of its covariance. Every bound is a Frobenius norm that holds wherever the policy goes:
+The estimate is ĝ = J(τ) Σ_t ∇ log π with Gaussian ω and μ, averaged over N trajectories. The
+variance of ĝ is the trace of its covariance. Every bound is a Frobenius norm that holds wherever
+the policy goes:
 
     |r| ≤ R,   ‖∂f^a/∂θ‖ ≤ F,   ‖∂f^z/∂θ‖ ≤ H,   ‖∂f^a/∂z‖ ≤ K,   ‖∂f^z/∂z‖ ≤ Z
 

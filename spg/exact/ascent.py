@@ -1,11 +1,11 @@
-"""Ascents of the k-step return over laws w of deterministic policies, and how far they may end.
+"""Ascents of the k-step return over distributions w of deterministic policies, and their bounds.
 
 DeWeese & Qu (2026); bound and step sizes are derived here, after that paper. For every w, with
 rewards in an interval of length R and c_k = 2Rγ^k / ((1 - γ)(1 - γ^k)),
 
     max_D J^D - J(w) <= max_D ∂J/∂w_D - Σ_D w_D ∂J/∂w_D + c_k,
 
-so that no stationary law is worse than the best policy by more than c_k (`gap_bound`).
+so no stationary point is worse than the best policy by more than c_k (`gap_bound`).
 """
 
 import math
@@ -30,7 +30,7 @@ def range_of_rewards(pomdp: POMDP) -> Float[Array, ""]:
 
 
 def gap_bound(k: Steps, gamma: Scalar, *, reward_range: Scalar = 1.0) -> Scalar:
-    """c_k, the most by which a stationary law can fall short of the best policy."""
+    """c_k, the most by which a stationary point can fall short of the best policy."""
     return 2 * reward_range * gamma**k / ((1 - gamma) * (1 - gamma**k))
 
 
@@ -59,7 +59,7 @@ def mirror_step(
 def projected_step(
     weights: Float[Array, " N"], gradient: Float[Array, " N"], size: Scalar
 ) -> Float[Array, " N"]:
-    """The law nearest to w + size ∂J/∂w in the Euclidean norm."""
+    """The distribution nearest to w + size ∂J/∂w in the Euclidean norm."""
     return projection_simplex(weights + size * gradient)
 
 
@@ -73,7 +73,7 @@ def ascend(
     method: Literal["mirror", "projected"] = "mirror",
     reward_range: Scalar | None = None,
 ) -> tuple[Float[Array, " N"], Float[Array, " T"]]:
-    """Ascent from the uniform law: the last w, and J(w_0) … J(w_{T-1}), which never falls.
+    """Ascent from the uniform distribution: the last w, and J(w_0) … J(w_{T-1}), which never falls.
 
     With the steps of `smoothness`, 1/L₁ for mirror and 1/(N L₁) for projected ascent, T steps end
     within `rate_bound` of the best policy. `reward_range` is max r - min r by default. Raises
@@ -115,7 +115,7 @@ def rate_bound(
     """How far T steps of `ascend` may end below the best policy: O(1/T) down to c_k.
 
     c_k + L₁ log N / T (mirror), c_k + N L₁ (1 - 1/N) / (2T) (projected). No coefficient of
-    mismatch between state laws appears.
+    mismatch between state distributions appears.
     """
     first = smoothness(k, gamma, reward_range=reward_range)
     start = {"mirror": math.log(num_policies), "projected": (num_policies - 1) / 2}[method]

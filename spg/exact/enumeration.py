@@ -37,11 +37,11 @@ class DiscountedValues(NamedTuple):
 def expected_return(
     kernel: Kernel, pomdp: DensePOMDP, *, gamma: Scalar, num_steps: int
 ) -> Float[Array, ""]:
-    """J = E Σ_{t<T} γ^t r_t of a finite kernel, by forward recursion over the law of (s, z)."""
+    """J = E Σ_{t<T} γ^t r_t of a finite kernel, by forward recursion over p(s, z)."""
     choice = joint_policy(kernel, pomdp)
 
-    def step(law, t):
-        joint = jnp.einsum("sg,sgha->sha", law, choice)
+    def step(occupied, t):
+        joint = jnp.einsum("sg,sgha->sha", occupied, choice)
         reward = gamma**t * jnp.einsum("sha,sa->", joint, pomdp.reward)
         return jnp.einsum("sha,sat->th", joint, pomdp.transition), reward
 

@@ -1,4 +1,4 @@
-"""Exact k-step policy gradients: deterministic policies, drawn from a law w and held for k steps.
+"""Exact k-step policy gradients: deterministic policies, drawn from w and held for k steps.
 
 DeWeese & Qu (2026); definitions, bound and step sizes are derived here, after that paper. Windows
 m = 0, 1, …: D_m ~ w independently, and a_t = D_m(o_t) for mk <= t < (m+1)k. With P_D^k the k-step
@@ -8,7 +8,7 @@ transitions of D and R_D^k(s) = E Σ_{t<k} γ^t r_t,
 
     ν = (1 - γ^k) Σ_m γ^{km} Pr(s_{mk} = ·),    ∂J/∂w_D = E_{s~ν} Q(s, D) / (1 - γ^k)
 
-k = 1 with a product law w is the ordinary memoryless policy. `spg.exact.ascent` climbs J.
+k = 1 with a product distribution w is the ordinary memoryless policy. `spg.exact.ascent` climbs J.
 """
 
 from itertools import product
@@ -62,7 +62,7 @@ def joint_policies(
 def product_weights(
     policies: Int[Array, "N L"], logits: Float[Array, "C L A"], mixture: Float[Array, " C"]
 ) -> Float[Array, " N"]:
-    """w_D = Σ_c softmax(mixture)_c Π_l softmax(logits[c, l])_{D(l)}: a mixture of product laws.
+    """w_D = Σ_c softmax(mixture)_c Π_l softmax(logits[c, l])_{D(l)}: a mixture of products.
 
     The k-step gradient in the logits is the pull-back of `KStepValues.gradient` by this function.
     """
@@ -81,7 +81,9 @@ def kstep_values(
     k: Steps,
     gamma: Scalar,
 ) -> KStepValues:
-    """V, Q, ν, J and ∂J/∂w of the law `weights` over `policies`, the actions at each observation.
+    """V, Q, ν, J and ∂J/∂w of the distribution `weights` over `policies`.
+
+    A policy is the list of its actions at each observation.
 
     One linear equation for each of V and ν. Of a `DensePOMDP` it is solved directly, after k
     products of the transition matrix with N S vectors; of a `SparsePOMDP` by iteration of k

@@ -49,9 +49,9 @@ class EnvConfig:
     """The environment, e.g. --env TMaze-memory --observe all --env-params length 50 noise 0.1"""
 
     env: str = "CartPole-v1"
-    """a Gymnax environment, brax/<name>, or one of ours: TMaze-memory, RepeatFirst-memory,
-    RecallCards-memory, and the finite worlds, as heavenhell-pomdp and ringworld-pomdp, in episodes
-    of max_steps_in_episode"""
+    """a Gymnax environment, brax/<name>, package.module:Class of your own, or one of ours:
+    TMaze-memory, RepeatFirst-memory, RecallCards-memory, and the finite worlds, as heavenhell-pomdp
+    and ringworld-pomdp, in episodes of max_steps_in_episode"""
     observe: Literal["all", "positions", "velocities", "state"] = "positions"
     """what the policy sees"""
     previous_action: bool = False

@@ -1,7 +1,7 @@
 """Finite hidden Markov models, and the permutations of those that are nearly deterministic.
 
-Columns are laws, as in Zhao et al. (2026), arXiv 2605.31261: T(a)[s', s] = P(s' | s, a) and
-E[o, s] = O(o | s). Without actions A = 1.
+Columns are distributions, as in Zhao et al. (2026), arXiv 2605.31261: T(a)[s', s] = P(s' | s, a)
+and E[o, s] = O(o | s). Without actions A = 1.
 """
 
 from typing import Any, NamedTuple
@@ -60,12 +60,13 @@ def checked(model: HMM) -> HMM:
     size = start.size
     if transition.shape[1:] != (size, size) or emission.shape[1:] != (size,) or start.ndim != 1:
         raise ValueError(f"T [A, S, S], E [O, S] and start [S] of different S: {shapes}")
-    laws = [(f"T({a})", matrix) for a, matrix in enumerate(transition)]
-    for name, law in (*laws, ("E", emission), ("start", start[:, None])):
-        total = law.sum(0)
-        for s in np.flatnonzero(~(np.abs(total - 1) < 1e-5) | ~(law >= 0).all(0)):
+    columns = [(f"T({a})", matrix) for a, matrix in enumerate(transition)]
+    for name, matrix in (*columns, ("E", emission), ("start", start[:, None])):
+        total = matrix.sum(0)
+        for s in np.flatnonzero(~(np.abs(total - 1) < 1e-5) | ~(matrix >= 0).all(0)):
             raise ValueError(
-                f"column {s} of {name} is no law, it sums to {total[s]:.6g}: {law[:, s]}"
+                f"column {s} of {name} is no distribution, it sums to {total[s]:.6g}: "
+                f"{matrix[:, s]}"
             )
     for o in np.flatnonzero(~(emission > 0).any(1)):
         raise ValueError(f"the emissions of observation {o} are all zero; leave it out")

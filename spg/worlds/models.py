@@ -22,7 +22,7 @@ class DensePOMDP(NamedTuple):
     transition: Float[Array, "S A S"]  # P(s' | s, a)
     observation: Float[Array, "S O"]  # O(o | s)
     reward: Float[Array, "S A"]  # r(s, a)
-    start: Float[Array, " S"]  # law of the first state
+    start: Float[Array, " S"]  # distribution of the first state
 
     @property
     def num_obs(self) -> int:
@@ -60,7 +60,7 @@ class SparsePOMDP(eqx.Module):
     reward: Float[Array, "S A N"]  # r(s, a, s')
     observation: Int[Array, "S M"]
     emission: Float[Array, "S M"]  # O(o | s) of the observations
-    start: Float[Array, " S"]  # law of the first state
+    start: Float[Array, " S"]  # distribution of the first state
     num_obs: int = eqx.field(static=True)
 
     @property
@@ -116,7 +116,8 @@ def sparse_pomdp(
 
     `transitions` are (s, a, s', P(s' | s, a), r(s, a, s')), in any order; where an (s, a, s')
     repeats, probabilities add up and rewards are averaged by them. `emissions` are (s, o, O(o|s)).
-    `start` is the law of the first state and tells the number of states. The names serve messages.
+    `start` is the distribution of the first state; its length is the number of states. The names
+    appear in messages.
 
     Raises ValueError, naming the row, for lists of different lengths, an index out of range, a
     probability that is negative or not finite, a reward that is not finite, or a row that does not

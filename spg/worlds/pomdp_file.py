@@ -46,7 +46,7 @@ def parse_pomdp(text: str, name: str) -> Problem:
     the row of s', that is O(· | s'). Where they do not, s' is split into one copy for each of its
     distinct rows, named `s'/a1,a2` after the actions that share it, and a leads into its own copy;
     rows of actions that never lead to s' make no copy. The observations that follow the first
-    action thus have the file's joint law, under every policy.
+    action thus have the file's joint distribution, under every policy.
 
     The file does not say what is seen before the first action. A state that all actions agree on
     opens an episode with its row. Any other opens it with a uniform observation: in its copy with
@@ -203,7 +203,7 @@ def _start(source: _Source, states: _Space, begin: int, end: int) -> np.ndarray:
     """Law of the first state."""
     size, words, mode = len(states.names), source.words, source.words[begin - 2]
     if begin == end:
-        raise source.expected(begin, "the law of the first state")
+        raise source.expected(begin, "the distribution of the first state")
     if mode == "start" and words[begin:end] == ["uniform"]:
         return np.full(size, 1 / size)
     if mode != "start" or (end == begin + 1 and (size > 1 or words[begin] in states.index)):
@@ -308,7 +308,7 @@ def _split(
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The states of our model: copies of the file's, one for each row of observations that occurs.
 
-    `occurs[a, s']`: a may lead to s'. Returns names; of which state each is a copy, [C]; the law
+    `occurs[a, s']`: a may lead to s'. Returns names; of which state each is a copy, [C];
     O(o | copy), [C, O]; that of the first copy, [C]; the copy of s' that a leads to, [A, S'].
     """
     num_actions, size, num_obs = observation.shape

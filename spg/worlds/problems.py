@@ -116,8 +116,8 @@ def pentagon(*, restart: bool = True) -> Problem:
     seen = np.zeros((size, 3), int)  # right, front, left; the four extra states see walls
     seen[: 4 * 52] = np.stack([np.roll(sight, -turn, 1) for turn in (1, 0, -1)], -1).reshape(-1, 3)
     observation = np.zeros((size, 28))
-    laws = noise[seen].transpose(1, 0, 2)
-    observation[:, :27] = np.einsum("sr,sf,sl->srfl", *laws).reshape(size, 27)
+    views = noise[seen].transpose(1, 0, 2)
+    observation[:, :27] = np.einsum("sr,sf,sl->srfl", *views).reshape(size, 27)
     states = [
         f"{cell} {heading}" for cell in range(52) for heading in ("up", "right", "down", "left")
     ]
@@ -251,8 +251,8 @@ def random_pomdp(
     num_emissions = min(2, num_obs)
     second = (first + rng.integers(1, max(num_obs, 2), num_states)) % num_obs
     emitted = np.stack([first, second][:num_emissions], -1)
-    law = _simplex(rng, (num_states, num_emissions))
-    emissions = np.repeat(state, num_emissions), emitted.ravel(), law.ravel()
+    emission = _simplex(rng, (num_states, num_emissions))
+    emissions = np.repeat(state, num_emissions), emitted.ravel(), emission.ravel()
     return _problem(
         f"random-{num_states}",
         (tuple(x.ravel() for x in transitions), emissions, np.full(num_states, 1 / num_states)),
