@@ -50,7 +50,7 @@ class Config(options.EnvConfig, PolicyConfig, options.RunConfig):
     estimator: Literal["reinforce", "gpomdp"] = "reinforce"
     """each action is credited with the whole return, or with what follows it"""
     total_steps: Total = 1_000_000
-    """environment steps of each seed"""
+    """environment steps of each seed, after first episodes for the statistics of observations"""
     num_envs: Annotated[int, Range(2, 2**31 - 1, whole=True, usual="baselines need two")] = 64
     """episodes of one gradient"""
     num_steps: Annotated[int, Range(0, 2**31 - 1, whole=True)] = 0

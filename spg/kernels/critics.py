@@ -14,8 +14,9 @@ from spg.types import critic_view
 class Critic(eqx.Module):
     """V(o, z) = scale · MLP(o, z), with `scale` the running root mean square of the returns.
 
-    It makes one learning rate serve rewards of any size. Like the observation statistics it is
-    constant to gradients, and moves between updates only.
+    The scale makes one learning rate serve rewards of any size. It is constant to gradients, as the
+    statistics of observations are. A new scale leaves V as it was. New statistics do not, so they
+    move by `spg.estimators.observe_critic`.
     """
 
     mlp: MLP
