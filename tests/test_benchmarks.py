@@ -27,6 +27,7 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "names", [["BPTT-T associative"], pytest.param(NAMES, marks=pytest.mark.slow)]
@@ -76,6 +77,7 @@ def test_segment_lengths_must_divide_the_rollout(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_gamp_benchmark_compares_solvers_that_agree(tmp_path, monkeypatch, capsys):
     tiny = gamp_scale.Case(lambda: tiger().pomdp, 2, 2, num_seeds=1)
@@ -125,6 +127,7 @@ def test_expectation_over_istates_lowers_the_variance():
     assert all(r.cosine > 0.8 for r in rows)
 
 
+@pytest.mark.slow
 def test_kstep_gradients_are_those_of_the_loops(tmp_path):
     """Dense loops over many worlds, and sparse ones in a large world, whose times are compared."""
     config = kstep.Config(num_worlds=3, bins=3, repeats=1)

@@ -140,6 +140,7 @@ def make_mine(config, spec, *, key):
     return Kernel(cell, head, Normalizer(spec.obs_size), jnp.zeros(size))
 
 
+@pytest.mark.slow
 def test_ppo_trains_a_cell_in_an_environment_with_an_optimiser_of_yours(tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "make_kernel", make_mine)
     monkeypatch.setattr(ppo, "optimiser", lambda config: optax.adamw(1e-3, weight_decay=0.5))

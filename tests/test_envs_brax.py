@@ -51,6 +51,7 @@ def test_positions_come_first_in_locomotion_observations(name, num_positions, nu
     assert num_velocities == env.brax.sys.qd_size()
 
 
+@pytest.mark.slow
 def test_humanoid_hides_velocities_of_joints_and_of_bodies():
     env, params = make("brax/humanoid", backend="spring", observe="positions", privileged=True)
     # z, quaternion, 17 angles | 23 velocities | 11 bodies × 10 inertias | 11 × 6 | 23 torques
@@ -63,6 +64,7 @@ def test_humanoid_hides_velocities_of_joints_and_of_bodies():
     assert env._critic(own, state.env).tolist() == own.tolist()
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_brax_with_a_fresh_reset_per_episode():
     env, params, run = pendulum()
     short = params.replace(max_steps_in_episode=3)
@@ -92,6 +94,7 @@ def test_a_fall_terminates_and_does_not_truncate():
     np.testing.assert_array_equal(terminated, jnp.abs(final_obs[:, 1]) > 0.2)
 
 
+@pytest.mark.slow
 def test_typed_and_legacy_keys_agree():
     env, params, _ = pendulum()
     typed = env.reset(jr.key(7), params)
@@ -109,6 +112,7 @@ def test_a_step_leaves_the_callers_state_alone():
     assert state.env.brax.metrics == metrics
 
 
+@pytest.mark.slow
 def test_backend_and_constructor_keywords_reach_brax():
     env, params = make("brax/reacher", backend="positional", max_steps_in_episode=7)
     assert (env.inner.brax.backend, params.max_steps_in_episode) == ("positional", 7)

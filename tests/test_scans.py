@@ -51,8 +51,8 @@ def solve(decay, u, init, *, reverse=False, method="auto"):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=6, deadline=None)
-@given(num_steps=st.sampled_from([1, 2, 7]), with_init=st.booleans(), seed=st.integers(0, 2**16))
+@settings(max_examples=3, deadline=None)
+@given(num_steps=st.sampled_from([1, 7]), with_init=st.booleans(), seed=st.integers(0, 2**16))
 def test_linear_scan_solves_the_recurrence(
     form, reverse, method, dtype, num_steps, with_init, seed
 ):

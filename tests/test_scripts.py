@@ -18,6 +18,7 @@ from spg.training.metrics import read_metrics
 from spg.training.records import open_run
 
 ROOT = Path(__file__).parents[1]
+slow = partial(pytest.param, marks=pytest.mark.slow)
 SMALL = {"num_envs": 4, "num_seeds": 2, "z_size": 4, "eval_episodes": 2, "hidden": (8,)}
 PPO = ppo.Config(
     num_steps=8, num_minibatches=2, num_epochs=2, total_steps=64, checkpoints=1, **SMALL
@@ -37,13 +38,16 @@ def two_updates(script, config, tmp_path):
     return data
 
 
-@pytest.mark.parametrize("memory", ["s2pg", "bptt", "window", "kstep", "none", "oracle"])
+@pytest.mark.parametrize(
+    "memory", ["s2pg", *(slow(x) for x in ("bptt", "window", "kstep", "none", "oracle"))]
+)
 def test_ppo_runs_with_every_memory(memory, tmp_path):
     data = two_updates(ppo, replace(PPO, memory=memory, **CHAIN), tmp_path)
     assert np.isfinite(data["gradient_norm"]).all()
     assert ((data["kl_z"] > 0).all()) == (memory in ("s2pg", "kstep"))
 
 
+@pytest.mark.slow
 def test_ppo_runs_with_continuous_actions_and_a_privileged_critic(tmp_path):
     config = replace(PPO, env="Pendulum-v1", privileged=True, previous_action=True, cell="linear")
     two_updates(ppo, config, tmp_path)
@@ -62,9 +66,9 @@ def test_ppo_runs_on_brax_and_leaves_the_page(tmp_path):
     ("estimator", "memory", "segment_length"),
     [
         ("reinforce", "s2pg", 0),
-        ("gpomdp", "s2pg", 3),
-        ("gpomdp", "bptt", 0),
-        ("reinforce", "kstep", 0),
+        slow("gpomdp", "s2pg", 3),
+        slow("gpomdp", "bptt", 0),
+        slow("reinforce", "kstep", 0),
     ],
 )
 def test_reinforce_runs(estimator, memory, segment_length, tmp_path):
@@ -72,7 +76,7 @@ def test_reinforce_runs(estimator, memory, segment_length, tmp_path):
     two_updates(reinforce, replace(REINFORCE, **words), tmp_path)
 
 
-@pytest.mark.parametrize("optimiser", ["conjugate", "adam"])
+@pytest.mark.parametrize("optimiser", ["conjugate", slow("adam")])
 def test_gamp_runs(optimiser, tmp_path):
     config = gamp.Config(
         num_updates=2, num_seeds=2, checkpoints=1, solver="damped", precision="single",
@@ -89,10 +93,10 @@ def test_gamp_runs(optimiser, tmp_path):
 @pytest.mark.parametrize(
     ("estimator", "optimiser", "baseline"),
     [
-        ("istate", "adam", "value"),
+        slow("istate", "adam", "value"),
         ("exp", "adam", "value"),
-        ("exp", "conjugate", "none"),
-        ("exp-observations", "adam", "reward"),
+        slow("exp", "conjugate", "none"),
+        slow("exp-observations", "adam", "reward"),
     ],
 )
 def test_gpomdp_runs(estimator, optimiser, baseline, tmp_path):
@@ -131,7 +135,7 @@ def test_controller_scripts_refuse_what_cannot_run(script, words, message):
 ONE_GRADIENT = replace(PPO, num_epochs=1, num_minibatches=1)
 
 
-@pytest.mark.parametrize(("script", "config"), [(ppo, ONE_GRADIENT), (reinforce, REINFORCE)])
+@pytest.mark.parametrize(("script", "config"), [(ppo, ONE_GRADIENT), slow(reinforce, REINFORCE)])
 def test_training_vmaps_over_learning_rate_and_gamma(script, config):
     config = replace(config, **CHAIN) if script is ppo else config
     env = options.make_env(config)
