@@ -46,6 +46,7 @@ def float64():
 def forget():
     """Compiled programs of a test file go with it, else a worker grows to gigabytes."""
     yield
+    jax.config.update("jax_enable_x64", False)  # a script's main may have set it
     jax.clear_caches()
     gc.collect()
 

@@ -26,6 +26,7 @@ PPO = ppo.Config(
 REINFORCE = reinforce.Config(
     env="TMaze-memory", env_params={"length": 5}, total_steps=48, checkpoints=1, **SMALL
 )
+REPEAT = replace(REINFORCE, env="RepeatFirst-memory", env_params={"delay": 2.0}, total_steps=10_000)
 CHAIN = {"env": "MemoryChain-bsuite", "observe": "all"}
 
 
@@ -135,7 +136,7 @@ def test_controller_scripts_refuse_what_cannot_run(script, words, message):
 ONE_GRADIENT = replace(PPO, num_epochs=1, num_minibatches=1)
 
 
-@pytest.mark.parametrize(("script", "config"), [(ppo, ONE_GRADIENT), slow(reinforce, REINFORCE)])
+@pytest.mark.parametrize(("script", "config"), [(ppo, ONE_GRADIENT), slow(reinforce, REPEAT)])
 def test_training_vmaps_over_learning_rate_and_gamma(script, config):
     config = replace(config, **CHAIN) if script is ppo else config
     env = options.make_env(config)
