@@ -255,20 +255,22 @@ def worlds(kinds, size, dtype, seed):
     return [World(*(x.astype(dtype) for x in world)) for world in found]
 
 
+@jax.jit
+@jax.vmap
+def gradients(transition, reward, start, logits):
+    size = len(logits)
+    pomdp = DensePOMDP(transition, jnp.eye(size, dtype=logits.dtype), reward, start)
+    kernel = finite_kernel(jnp.zeros((1, size, 1), logits.dtype), logits[None])
+    gradient, solution = gamp.gamp_gradient(kernel, pomdp)
+    return gradient.head.logits[0], solution
+
+
 def errors(worlds):
     """The solutions of worlds, and the relative errors of η and ∇η."""
-
-    def one(transition, reward, start, logits):
-        size = len(logits)
-        pomdp = DensePOMDP(transition, jnp.eye(size, dtype=logits.dtype), reward, start)
-        kernel = finite_kernel(jnp.zeros((1, size, 1), logits.dtype), logits[None])
-        gradient, solution = gamp.gamp_gradient(kernel, pomdp)
-        return gradient.head.logits[0], solution
-
     truth = [long_run(world) for world in worlds]
     truth = Truth(*(np.stack(x) for x in zip(*truth, strict=True)))
     batch = World(*(jnp.stack(x) for x in zip(*worlds, strict=True)))
-    gradient, solution = jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(*batch))
+    gradient, solution = jax.tree.map(np.asarray, gradients(*batch))
     width = np.ptp(np.asarray(batch.reward), (1, 2))
     norm = lambda x: np.linalg.norm(x, axis=(1, 2))
     of_gain = np.abs(solution.average_reward - truth.average_reward)
@@ -299,10 +301,22 @@ def test_what_has_converged_is_right_and_what_mixes_has_converged(dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_what_has_converged_is_right_of_ten_thousand_chains(dtype):
+def test_what_has_converged_is_right_of_five_thousand_chains(dtype):
+    jax.config.update("jax_disable_most_optimizations", False)
     for seed in range(9):
         check_converged(62, 20, dtype, seed)
     check_converged(3, 110, dtype, 9)
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_a_slow_direction_is_seen_whatever_the_states():
+    """Two cycles that hardly leak into each other: σ is the leak."""
+    cycle = np.roll(np.eye(4), 1, 1)
+    chain = jnp.asarray(np.kron(np.eye(2), cycle) * (1 - 1e-9) + 1e-9 / 8)
+    d = jnp.full((8, 1), 1 / 8)
+    sigma, misplaced = solvers.conditioning(apply(chain), d, d, jnp.asarray(1e-6))
+    assert np.isclose(sigma, 1e-9, rtol=1e-3)
+    assert misplaced < 1e-15
 
 
 def few(leak=0.0):

@@ -192,7 +192,7 @@ def conditioning(
     start. σ is estimated from above, by Krylov spaces of a random v.
     """
     size = min(40 if d.size <= 100_000 else 10, d.size)
-    signs = jr.rademacher(jr.key(0), d.shape, d.dtype) * (d + push(d) != 0)
+    noise = jr.normal(jr.key(0), d.shape, d.dtype) * (d + push(d) != 0)
     unused = jnp.eye(size + 1, size, dtype=d.dtype)
     zero, inf = jnp.zeros((), d.dtype), jnp.full((), jnp.inf, d.dtype)
 
@@ -214,7 +214,7 @@ def conditioning(
             _, before, sigma, i = state
             return (i == 0) | (sigma < before / 2) & (sigma > enough) & (i < 10)
 
-        sigma = lax.while_loop(falling, narrow, (massless(signs), inf, inf, 0))[2]
+        sigma = lax.while_loop(falling, narrow, (massless(noise), inf, inf, 0))[2]
         outside = lambda p: jnp.where(label == 0, p, 0).sum()
         arrive = lambda state: (push(state[0]), state[1] + 1)
         waiting = lambda state: (outside(state[0]) > jnp.finfo(d.dtype).eps) & (state[1] < 10_000)
