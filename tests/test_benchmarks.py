@@ -41,6 +41,7 @@ def test_measure_times_every_program_in_every_repeat(names):
         assert (seconds > 0).all()
 
 
+@pytest.mark.slow
 def test_results_are_written_once_and_ratios_are_taken_within_repeats(tmp_path, monkeypatch):
     load = np.array([1.0, 7.0])  # a repeat in which the machine is busy leaves ratios alone
     timings = [memory.Timings(1.0, load, (i + 2) * load) for i in range(len(NAMES))]

@@ -86,6 +86,7 @@ def test_steps_are_those_of_brax_with_a_fresh_reset_per_episode():
     assert (reward.dtype, terminated.dtype, truncated.dtype) == (jnp.float32, bool, bool)
 
 
+@pytest.mark.slow
 def test_a_fall_terminates_and_does_not_truncate():
     _, params, run = pendulum()
     *_, terminated, truncated, final_obs = run(params, jnp.ones(1), jr.key(0))
@@ -122,6 +123,7 @@ def test_backend_and_constructor_keywords_reach_brax():
         make("brax/hopper", reset_noise=0.1)
 
 
+@pytest.mark.slow
 def test_brax_is_imported_on_demand_and_in_silence(tmp_path):
     program = """
 import sys

@@ -169,6 +169,7 @@ def test_tempting_estimates_are_biased(estimator, product):
     assert largest_difference(eqx.filter_jit(mean)(estimator, kernel, record), truth) > 0.01
 
 
+@pytest.mark.slow
 def test_expectation_over_the_component_varies_less(mixture):
     kernel, record = mixture
     prob = record.prob * draws(kernel, record)
@@ -282,6 +283,7 @@ def test_nothing_counts_after_an_episode(world):
     assert not np.allclose(whole(traj), 0)
 
 
+@pytest.mark.slow
 def test_sampled_ascents_agree_with_the_exact_gradient(world):
     """Of 4000 endless trajectories, within four standard errors of the solution's gradient."""
     kernel = held_kernel(certain_logits(POLICIES, 2), jnp.array([0.5, 0.0, -0.5, 0.2]), k=K)

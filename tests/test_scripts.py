@@ -136,6 +136,7 @@ def test_controller_scripts_refuse_what_cannot_run(script, words, message):
 ONE_GRADIENT = replace(PPO, num_epochs=1, num_minibatches=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "config"), [(ppo, ONE_GRADIENT), slow(reinforce, REPEAT)])
 def test_training_vmaps_over_learning_rate_and_gamma(script, config):
     config = replace(config, **CHAIN) if script is ppo else config

@@ -50,6 +50,7 @@ def test_every_method_runs(problem, method, gradient, tmp_path):
     assert np.isfinite([list(row.values()) for row in read(out / "gap.csv")]).all()
 
 
+@pytest.mark.slow
 def test_large_worlds_run_by_products(tmp_path):
     config = replace(
         TINY, problem="cartpole", problem_params={"bins": 5.0}, num_runs=1, num_updates=1,
@@ -60,6 +61,7 @@ def test_large_worlds_run_by_products(tmp_path):
     assert all(0 < row["worst gap"] < row["bound"] for row in rows)
 
 
+@pytest.mark.slow
 def test_sampled_gradients_leave_the_trap_if_held_for_8_steps(tmp_path):
     """Of the product class, from the uniform policy."""
     out = tmp_path / "run"

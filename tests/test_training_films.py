@@ -121,6 +121,7 @@ def test_a_panel_holds_internal_states_of_every_form():
     assert films._columns(()).size == films._columns(np.zeros((3, 0))).size == 0
 
 
+@pytest.mark.slow
 def test_a_brax_policy_is_played_on_a_page(tmp_path, monkeypatch):
     monkeypatch.setattr(films, "MOST", 3)
     env, kernel = opened("brax/inverted_pendulum", backend="positional")

@@ -71,6 +71,7 @@ def rows_beyond_checkpoint(out: Path) -> int:
     return sum(int(row.split(",")[0]) > steps[-1] for row in rows if "," in row)
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bits(tmp_path, whole, start):
     """Killed twice: after a checkpoint, and on the way from one to the next."""
     out = tmp_path / "killed"
