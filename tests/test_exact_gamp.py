@@ -84,7 +84,7 @@ def test_gradient_is_that_of_the_dense_solve_and_of_central_differences(name):
     assert np.allclose(solution.average_reward, average_reward(kernel, whole), atol=1e-11)
     truth = eqx.filter(dense_gradient(kernel, whole), eqx.is_inexact_array)
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(truth))
-    assert largest_difference(gradient, truth) < 1e-6 * scale
+    assert largest_difference(gradient, truth) < 1e-6 * scale + 1e-12  # heavenhell: scale 1e-7
     params = eqx.filter(kernel, eqx.is_inexact_array)
     leaves, structure = jax.tree.flatten(params)
     keys = jr.split(jr.key(2), len(leaves))
