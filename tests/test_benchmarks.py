@@ -29,9 +29,7 @@ def quick_compilation():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize(
-    "names", [["BPTT-T associative"], pytest.param(NAMES, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("names", [["BPTT-T associative"], NAMES])
 def test_measure_times_every_program_in_every_repeat(names):
     compared = [m for m in memory.methods(TINY) if m.name in names]
     env_seconds, timings = memory.measure(TINY, compared)

@@ -137,7 +137,7 @@ ONE_GRADIENT = replace(PPO, num_epochs=1, num_minibatches=1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "config"), [(ppo, ONE_GRADIENT), slow(reinforce, REPEAT)])
+@pytest.mark.parametrize(("script", "config"), [(ppo, ONE_GRADIENT), (reinforce, REPEAT)])
 def test_training_vmaps_over_learning_rate_and_gamma(script, config):
     config = replace(config, **CHAIN) if script is ppo else config
     env = options.make_env(config)
