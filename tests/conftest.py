@@ -2,7 +2,9 @@
 
 import gc
 import os
+import resource
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +19,14 @@ CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if version("jaxlib").startswith("0.10."):  # an XLA that does not know a flag ends the process
+    # the first two halve the time to compile; for the third see "It hangs" in docs/caveats.md
+    flags = (
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+        "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+    )
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
+gc.disable()  # `forget` collects; a tenth of the time otherwise
 
 import equinox as eqx  # noqa: E402
 import jax  # noqa: E402
@@ -44,11 +54,13 @@ def float64():
 
 @pytest.fixture(scope="module", autouse=True)
 def forget():
-    """Compiled programs of a test file go with it, else a worker grows to gigabytes."""
+    """Compiled programs go when a worker has grown to 1 GB, else it grows to several."""
     yield
     jax.config.update("jax_enable_x64", False)  # a script's main may have set it
-    jax.clear_caches()
-    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    if pages * resource.getpagesize() > 1e9:
+        jax.clear_caches()
+        gc.collect()
 
 
 @eqx.filter_jit  # compiled once: eager operations compile one by one

@@ -205,7 +205,7 @@ def simulate(kernel, pomdp, num_steps, key):
     return Transition(obs, z, action, z_next, reward, first, last, jnp.zeros_like(last), obs)
 
 
-@pytest.mark.parametrize("name", ["gru", "linear"])
+@pytest.mark.parametrize("name", ["linear", pytest.param("gru", marks=pytest.mark.slow)])
 def test_score_estimate_of_gaussian_kernel_is_unbiased(name):
     """10,000 trajectories, every parameter within four standard errors, log_std among them."""
     pomdp = make_pomdp(jr.key(0))
@@ -224,7 +224,7 @@ def test_score_estimate_of_gaussian_kernel_is_unbiased(name):
     assert (np.abs(truth) > 4 * error).any()  # the test can tell the gradient from zero
 
 
-@pytest.mark.parametrize("name", ["gru", "linear"])
+@pytest.mark.parametrize("name", ["linear", pytest.param("gru", marks=pytest.mark.slow)])
 def test_vanishing_noise_recovers_the_gradient_of_the_computed_kernel(name):
     """∇J of the noisy kernel is that of the computed one + O(σ²): halving σ quarters the gap."""
     pomdp = make_pomdp(jr.key(0))

@@ -47,7 +47,7 @@ def distance(new, old, traj):
 
 ENVS = [
     "CartPole-v1",
-    "MountainCarContinuous-v0",
+    pytest.param("MountainCarContinuous-v0", marks=pytest.mark.slow),
     pytest.param("Pendulum-v1", marks=pytest.mark.slow),
 ]
 

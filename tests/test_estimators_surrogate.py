@@ -13,7 +13,12 @@ from spg.types import LogProb
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-CASES = [("gru", 0.3, 1), ("gru", None, 4), ("finite", None, 3), ("linear", None, 12)]
+CASES = [
+    ("gru", 0.3, 1),
+    pytest.param("gru", None, 4, marks=pytest.mark.slow),
+    ("finite", None, 3),
+    pytest.param("linear", None, 12, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("name", "state_std", "segment_length"), CASES)

@@ -129,7 +129,7 @@ def test_safeguard_keeps_what_was_reached(safeguard):
     states = jax.jit(lambda x: _turns(saturating, x, settings, 40))(jnp.array([0.5]))
     assert (states.value[-1] > 0.9) == safeguard
     if safeguard:
-        assert (np.diff(states.value) >= 0).all()
+        assert (np.diff(states.value) >= -1e-12).all()
 
 
 def test_a_flat_start_has_converged():

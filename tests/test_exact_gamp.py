@@ -71,10 +71,13 @@ PROBLEMS = {
     "tiger": lambda: tiger().pomdp,
     "heavenhell": lambda: heaven_hell().pomdp,
 }
-LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("tiger", "heavenhell")]
+slow = partial(pytest.param, marks=pytest.mark.slow)
+LARGE = "random", "random sparse", "tiger", "heavenhell"
 
 
-@pytest.mark.parametrize("name", ["loadunload", "random", "random sparse", *LARGE])
+@pytest.mark.parametrize(
+    "name", ["loadunload", slow("random"), "random sparse", slow("tiger"), slow("heavenhell")]
+)
 def test_gradient_is_that_of_the_dense_solve_and_of_central_differences(name):
     pomdp = PROBLEMS[name]()
     whole = pomdp if isinstance(pomdp, DensePOMDP) else dense(pomdp)
@@ -102,7 +105,7 @@ def test_gradient_is_that_of_the_dense_solve_and_of_central_differences(name):
     assert np.allclose(difference, slope, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ["default", "damped", slow("gmres"), slow("bicgstab")])
 def test_every_solver_finds_the_law_and_the_differential_values(name):
     pomdp = random_world()
     kernel = sparse_kernel(3, 3)
@@ -294,7 +297,7 @@ def check_converged(num, size, dtype, seed):
     ].any()
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("dtype", [slow(np.float64), np.float32])
 def test_what_has_converged_is_right_and_what_mixes_has_converged(dtype):
     check_converged(6, 16, dtype, 0)
 

@@ -39,7 +39,7 @@ def test_gap_falls_with_k_below_the_bound(tmp_path, capsys):
     [
         ("twostate", "projected", "exact"),
         ("matching", "mixture", "exact"),
-        ("aggregated", "mixture", "sampled"),
+        pytest.param("aggregated", "mixture", "sampled", marks=pytest.mark.slow),
         ("chain", "mirror", "sampled"),
     ],
 )

@@ -100,6 +100,7 @@ def test_a_second_process_is_refused_in_one_line(tmp_path, whole, start):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_interruption_is_one_line_and_status_130_at_any_time(tmp_path, start):
     """While importing, while XLA compiles for long, and while training."""
     long = (*WALK, "--unrolled=3000", "--sizes=40", "--out")
@@ -134,6 +135,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_does_not_hang_it(tmp_path, sta
     assert f"error: {out / 'metrics.csv'} cannot be written: File too large" in err
 
 
+@pytest.mark.slow
 def test_seeds_are_shared_out_to_devices(tmp_path, start):
     flags = "--xla_force_host_platform_device_count="
     processes = [

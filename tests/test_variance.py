@@ -6,6 +6,8 @@ import pytest
 from scripts.benchmarks import variance
 from spg.estimators.bounds import Constants, bptt_variance_bound, s2pg_variance_bound
 
+pytestmark = pytest.mark.slow
+
 DECAYS = (0.5, 0.9, 1.1)
 LENGTHS = (8, 24, 64)
 
