@@ -75,9 +75,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 LARGE = "random", "random sparse", "tiger", "heavenhell"
 
 
-@pytest.mark.parametrize(
-    "name", ["loadunload", slow("random"), "random sparse", slow("tiger"), slow("heavenhell")]
-)
+@pytest.mark.parametrize("name", ["loadunload", *map(slow, LARGE)])
 def test_gradient_is_that_of_the_dense_solve_and_of_central_differences(name):
     pomdp = PROBLEMS[name]()
     whole = pomdp if isinstance(pomdp, DensePOMDP) else dense(pomdp)

@@ -143,6 +143,7 @@ def first_escape(n, reward):
     return 1 + int(np.argmax(slopes(dense(traps.chain(n, reward).pomdp), jnp.arange(1, 25)) > 0))
 
 
+@pytest.mark.slow
 def test_chains_are_left_from_the_least_window_on():
     """The table of thresholds; the formula is reward < (γⁿ - γ^k) / (1 - γ^{k+1})."""
     table = {(1, 0.3): 2, (1, 0.5): 4, (2, 0.3): 4, (2, 0.5): 6, (3, 0.3): 6, (3, 0.5): 9}
