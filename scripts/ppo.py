@@ -13,6 +13,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one line, status 130
     signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, NamedTuple
@@ -91,10 +92,15 @@ def optimiser(config: Config) -> optax.GradientTransformation:
     )
 
 
-def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
-    """Fresh networks, with the statistics of one rollout from where the training starts."""
+def init(
+    config: Config, env: Env, key: PRNGKeyArray, *, policy: Callable[..., Kernel] = make_kernel
+) -> State:
+    """Fresh networks, with the statistics of one rollout from where the training starts.
+
+    The kernel is `policy(config, env.spec, key=key)`.
+    """
     kernel_key, critic_key, env_key, rollout_key, key = jr.split(key, 5)
-    kernel = make_kernel(config, env.spec, key=kernel_key)
+    kernel = policy(config, env.spec, key=kernel_key)
     sizes = env.spec.critic_size, kernel.feature(kernel.z0).size, [*config.hidden]
     critic = Critic(*sizes, feature=kernel.feature, key=critic_key)
     env_keys = jr.split(env_key, config.num_envs)
@@ -180,7 +186,7 @@ def gradient_step(
     return (agent, opt_state), metrics | {"gradient_norm": optax.global_norm(gradient)}
 
 
-def make(config: Config) -> loop.Algorithm:
+def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop.Algorithm:
     """What `loop.run` takes. Raises ValueError for what cannot run."""
     check(config)
     count = config.num_envs * config.num_segments(config.num_steps)
@@ -195,7 +201,7 @@ def make(config: Config) -> loop.Algorithm:
     env = options.make_env(config, oracle=config.memory == "oracle")
     steps = config.num_envs * config.num_steps
     return cli.in_episodes(
-        config, env, "PPO", name="ppo", init=init, step=step,
+        config, env, "PPO", name="ppo", init=partial(init, policy=policy), step=step,
         num_updates=config.num_updates, steps_per_update=steps, first_steps=steps,
     )  # fmt: skip
 
