@@ -6,23 +6,35 @@
 | --- | --- |
 | variance | of the gradient estimate against T and the noise on z', measured and bounded |
 | limit | the gradient as the noise on z' goes to 0, against that of the noise-free policy |
+| only-memory | learning from the gradient of ω alone, with μ frozen, and the reverse |
+| start | z0 learned or zero |
+| laws | z' Normal, bounded Normal, Laplace, Bernoulli, Categorical, around the same cell |
+| why | what z tells of the cue over training, step by step, and where credit arrives |
+| length | success against delay for S2PG and BPTT, GRU and linear cell, and a window |
+| seeds | a task of the main table, `curves.py`, with as many seeds |
+
+From the third on PPO is trained; a training that is complete is not run again.
 """
 
 import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from scripts.benchmarks import questions_limit, questions_variance
-from spg.limits import Count, Seed, check
+from scripts.benchmarks import curves, questions_limit, questions_trained, questions_variance
+from scripts.benchmarks import questions_why as why
+from spg.limits import Count, Needs, Seed, Total, check
 from spg.training import cli, options, records, tables
 
-Question = Literal["variance", "limit"]
+TRAINED = ("only-memory", "start", "laws", "why", "length")
+Question = Literal[
+    "variance", "limit", "only-memory", "start", "laws", "why", "length", "seeds"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,29 +42,55 @@ class Config:
     question: Question = "variance"
     """which"""
     num_seeds: Count = 20
-    """independent measurements, or worlds"""
+    """independent measurements, worlds, or trainings, which are vmapped into one program"""
     seed: Seed = 0
     """the first; the others take the next integers"""
     out: str | None = None
     """by default runs/questions-<question>"""
+    total_steps: Annotated[Total | None, Needs(question=TRAINED)] = None
+    """environment steps of each training; by default the question's own"""
+    task: Annotated[curves.Task, Needs(question="seeds")] = "cartpole"
+    """of the main table"""
 
 
 def main(config: Config) -> None:
     check(config)
+    if config.question == "seeds":
+        numbers = {"num_seeds": config.num_seeds, "seed": config.seed}
+        return curves.main(curves.Config(config.task, out=config.out, **numbers))
     out = Path(config.out or f"runs/questions-{config.question}")
     out.mkdir(parents=True, exist_ok=True)
-    seeds = range(config.seed, config.seed + config.num_seeds)
-    if config.question == "variance":
-        rows = questions_variance.measure(seeds)
-        questions_variance.draw(rows, out / "variance.png")
-        shown = [row._asdict() for row in rows]
-    else:
-        rows = questions_limit.measure(seeds)
-        questions_limit.draw(rows, out / "limit.png")
-        shown = means(rows, "state_std", ["error", "variance", "gradient"])
+    rows, shown = answer(config, out, out / f"{config.question}.png")
     write(rows, out / f"{config.question}.csv")
     print(tables.table(shown))
     print(f"written to {out}")
+
+
+def answer(config: Config, out: Path, picture: Path) -> tuple[list[Any], list[dict[str, Any]]]:
+    """The rows of the CSV file, and those of the terminal; draws the picture."""
+    seeds = range(config.seed, config.seed + config.num_seeds)
+    if config.question == "variance":
+        rows = questions_variance.measure(seeds)
+        questions_variance.draw(rows, picture)
+        return rows, [row._asdict() for row in rows]
+    if config.question == "limit":
+        rows = questions_limit.measure(seeds)
+        questions_limit.draw(rows, picture)
+        return rows, means(rows, "state_std", ["error", "variance", "gradient"])
+    changes: dict[str, Any] = {"seed": config.seed, "num_seeds": config.num_seeds}
+    if config.total_steps is not None:
+        changes["total_steps"] = config.total_steps
+    if config.question == "why":
+        rows = why.measure(out, changes)
+        why.draw(rows, picture)
+        return rows, why.table(rows)
+    trainings = questions_trained.TRAININGS[config.question]()
+    rows = questions_trained.run(trainings, out, changes)
+    if config.question == "length":
+        questions_trained.draw_length(rows, picture)
+    else:
+        questions_trained.draw(trainings, out, picture)
+    return rows, questions_trained.table(rows)
 
 
 def write(rows: list[Any], path: Path) -> None:
@@ -72,7 +110,11 @@ def means(rows: list[Any], name: str, columns: list[str]) -> list[dict[str, floa
 
 
 if __name__ == "__main__":
+    arguments = options.parse(Config)
+    if arguments.question not in ("variance", "limit"):
+        cli.use_cores(arguments.num_seeds)
     try:
-        main(options.parse(Config))
+        options.warn(arguments)
+        main(arguments)
     except (ValueError, OSError, records.RunError) as error:
         cli.fail(error)
