@@ -216,10 +216,10 @@ def test_a_question_trains_each_policy_once(name, tmp_path, monkeypatch, capsys)
 
 @pytest.mark.slow
 def test_why_reports_every_step_of_an_episode(tmp_path, monkeypatch):
-    monkeypatch.setattr(why, "NUM_EPISODES", 16)
-    rows = why.measure(tmp_path, TINY)
+    monkeypatch.setattr(why, "NUM_EPISODES", 64)
+    rows = why.measure(tmp_path, TINY | {"cell": "linear"})
     assert len(rows) == 2 * 12
     assert all(0 <= row.decoding <= 1 and np.isfinite(row.credit) for row in rows)
-    assert rows[0].decoding == 1
+    assert rows[0].decoding > 0.9  # the cue has just been shown
     why.draw(rows, tmp_path / "why.png")
     assert len(why.table(rows)) == 12

@@ -2,16 +2,14 @@
 
     python scripts/benchmarks/questions.py --question variance
 
-| question | |
-| --- | --- |
-| variance | of the gradient estimate against T and the noise on z', measured and bounded |
-| limit | the gradient as the noise on z' goes to 0, against that of the noise-free policy |
-| only-memory | learning from the gradient of ω alone, with μ frozen, and the reverse |
-| start | z0 learned or zero |
-| laws | z' Normal, bounded Normal, Laplace, Bernoulli, Categorical, around the same cell |
-| why | what z tells of the cue over training, step by step, and where credit arrives |
-| length | success against delay for S2PG and BPTT, GRU and linear cell, and a window |
-| seeds | a task of the main table, `curves.py`, with as many seeds |
+    variance     of the gradient estimate against T and the noise on z', beside its bounds
+    limit        the gradient as the noise goes to 0, against that of the noise-free policy
+    only-memory  learning from the gradient of ω alone, with μ frozen, and the reverse
+    start        z0 learned or zero
+    laws         z' Normal, bounded Normal, Laplace, Bernoulli, Categorical; the same cell
+    why          what z tells of the cue over training, step by step, and where credit comes
+    length       success against delay: S2PG and BPTT, GRU and linear cell, and a window
+    seeds        a task of the main table by curves.py, with as many seeds
 
 From the third on PPO is trained; a training that is complete is not run again.
 """
@@ -46,7 +44,7 @@ class Config:
     seed: Seed = 0
     """the first; the others take the next integers"""
     out: str | None = None
-    """by default runs/questions-<question>"""
+    """by default runs/questions-<question>, for seeds with -<task>"""
     total_steps: Annotated[Total | None, Needs(question=TRAINED)] = None
     """environment steps of each training; by default the question's own"""
     task: Annotated[curves.Task, Needs(question="seeds")] = "cartpole"
@@ -56,8 +54,8 @@ class Config:
 def main(config: Config) -> None:
     check(config)
     if config.question == "seeds":
-        numbers = {"num_seeds": config.num_seeds, "seed": config.seed}
-        return curves.main(curves.Config(config.task, out=config.out, **numbers))
+        out = config.out or f"runs/questions-seeds-{config.task}"
+        return curves.main(curves.Config(config.task, config.num_seeds, config.seed, out))
     out = Path(config.out or f"runs/questions-{config.question}")
     out.mkdir(parents=True, exist_ok=True)
     rows, shown = answer(config, out, out / f"{config.question}.png")

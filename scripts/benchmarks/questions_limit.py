@@ -106,7 +106,7 @@ def moments(
     def estimate(noise, traj):
         def step(z, inputs):
             obs, x = inputs
-            around = kernel.cell(obs, z)
+            around: Any = kernel.cell(obs, z)
             z_next = around.loc + around.std * x
             return z_next, (z, z_next)
 

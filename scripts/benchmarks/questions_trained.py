@@ -67,12 +67,12 @@ def _laws() -> list[Training]:
 
 
 def _length() -> list[Training]:
-    """RepeatFirst, at the settings of `recall10` but for γ = 1."""
+    """RepeatFirst, at the settings of `recall10` but for γ = 1; the default cell is among these."""
     shared = replace(task("recall10")[0], gamma=1.0, total_steps=LENGTH_STEPS)
     arms = {
         f"{memory.upper()} {cell}": {"memory": memory, "cell": cell}
         for memory in ("s2pg", "bptt")
-        for cell in ("gru", "linear")
+        for cell in dict.fromkeys((ppo.Config().cell, "gru", "linear"))
     } | {"window-5": {"memory": "window", "window": 5}}
     return [
         Training(f"delay {delay}", arm, replace(shared, env_params={"delay": delay}, **method))

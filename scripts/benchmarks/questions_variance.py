@@ -198,9 +198,9 @@ def measure(
             at = num_steps, jnp.float32(decay), jnp.float32(std)
             found = np.asarray(sample(*at, keys), float)
             error = found.std(ddof=1) / len(found) ** 0.5 if len(found) > 1 else np.nan
-            numbers = found.mean(), error, jnp.linalg.norm(slope(*at))
-            limit = bound(method, decay, num_steps, std)
-            rows.append(Row(sweep, method, decay, num_steps, std, *map(float, numbers), limit))
+            norm, limit = jnp.linalg.norm(slope(*at)), bound(method, decay, num_steps, std)
+            numbers = map(float, (found.mean(), error, norm, limit))
+            rows.append(Row._make((sweep, method, decay, num_steps, std, *numbers)))
     return rows
 
 

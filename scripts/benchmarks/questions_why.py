@@ -115,8 +115,8 @@ def measure(out: Path, changes: dict[str, Any]) -> list[Row]:
         average = lambda name, chosen=chosen: float(np.nanmean(data[name][:, chosen]))
         steps = int(data["env_steps"][0, chosen[-1]])
         for t in range(sum(name.startswith("decoding_") for name in data)):
-            found = (average(f"{kind}_{t}") for kind in ("decoding", "credit"))
-            rows.append(Row(steps, t, *found, average("return")))
+            found = (average(name) for name in (f"decoding_{t}", f"credit_{t}", "return"))
+            rows.append(Row._make((steps, t, *found)))
     return rows
 
 
