@@ -23,7 +23,7 @@ from spg.kernels.kernel import Kernel
 from spg.kernels.networks import FIXED
 from spg.types import Spec
 
-HEAD_GAIN = 100.0  # times 0.01: a frozen head has to tell internal states apart
+HEAD_GAIN = 4.0  # a frozen head has to tell internal states apart; that of PPO starts at 0.01
 
 
 class Laplace(eqx.Module):
@@ -222,10 +222,10 @@ class FrozenHead(eqx.Module):
 
 
 def frozen(part: str, config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Kernel:
-    """The kernel of `config` with a head of gain 1, and its "cell", "head" or "nothing" frozen."""
+    """The kernel of `config` with a head of gain 4, and its "cell", "head" or "nothing" frozen."""
     kernel = make_kernel(config, spec, key=key)
     last = lambda k: k.head.mlp.layers[-1].weight
-    kernel = eqx.tree_at(last, kernel, HEAD_GAIN * last(kernel))
+    kernel = eqx.tree_at(last, kernel, HEAD_GAIN / 0.01 * last(kernel))
     if part == "cell":
         return eqx.tree_at(lambda k: k.cell, kernel, FrozenCell(kernel.cell))
     if part == "head":
