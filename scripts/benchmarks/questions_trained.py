@@ -178,7 +178,7 @@ def draw(trainings: list[Training], out: Path, path: Path) -> None:
     seeds = len(curve.returns)
     figure.suptitle(f"IQM and 95 % interval of {seeds} seeds", fontsize="medium")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=5, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncol=3, frameon=False)
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=150)
     plt.close(figure)
