@@ -90,12 +90,12 @@ class GRU(Location):
         log_decay = -jnp.exp(log_rates(z_size, min_decay, max_decay, key=decay_key))
         gru = eqx.nn.GRUCell(obs_size, z_size, key=gru_key)
         gate = log_decay - jnp.log(-jnp.expm1(log_decay))  # the logit of k
-        bias = gru.bias.at[z_size : 2 * z_size].set(gate)
+        bias = jnp.asarray(gru.bias).at[z_size : 2 * z_size].set(gate)
         self.gru = eqx.tree_at(lambda gru: gru.bias, gru, bias)
 
     @property
     def write(self) -> Float[Array, " n"]:
-        _, gate, _ = jnp.split(self.gru.bias, 3)
+        _, gate, _ = jnp.split(jnp.asarray(self.gru.bias), 3)
         return jax.nn.sigmoid(-gate)
 
     def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Float[Array, " n"]:
