@@ -41,9 +41,6 @@ class Config(options.EnvConfig, PolicyConfig, options.RunConfig):
     """The training, e.g. --estimator gpomdp --total-steps 5e5 --num-envs 128 --gamma 0.99"""
 
     env: str = "RepeatFirst-memory"
-    cell: Annotated[
-        Literal["gru", "linear", "lru", "gated", "leaky"], Needs(memory=("s2pg", "bptt"))
-    ] = "linear"
     observe: Literal["all", "positions", "velocities", "state"] = "all"
     privileged: Annotated[bool, Needs()] = False
     """show the critic the full state; there is none here"""

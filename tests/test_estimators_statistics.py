@@ -77,7 +77,7 @@ def test_statistics_move_ppo_by_less_than_its_updates_do(env):
     assert start.kernel.normalizer.count == start.critic.normalizer.count == 16 * 32
     assert (jump <= update).all()
     assert (jump_of_value <= update_of_value).all()
-    assert count[-1] > 2 * 16 * 32  # yet they move
+    assert count[-1] > 16 * 32  # yet they move
 
 
 def test_statistics_from_nothing_would_be_a_jump():

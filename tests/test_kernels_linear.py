@@ -7,7 +7,8 @@ import pytest
 from conftest import assert_trees_close, jitter
 
 from spg import envs
-from spg.kernels.cells import Computed, Drawn, Location, NormalAround
+from spg.distributions import std_from_log
+from spg.kernels.cells import GRU, Computed, Drawn, Location, NormalAround
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear
 from spg.kernels.networks import Identity, Normalizer
@@ -178,6 +179,49 @@ def test_sizes_that_cannot_be_are_refused():
             MAKE[name](OBS, 3, key=jr.key(0))
     with pytest.raises(ValueError, match="num_layers 3 does not divide z_size 4"):
         Stack(Linear, OBS, 4, 3, key=jr.key(0))
+
+
+def at_rest(location, unit):
+    """The location with no weight on inputs or state, and `unit` for the candidate's bias."""
+    if isinstance(location, GRU):  # the candidate is tanh(bias): its gate stays
+        gru = jax.tree.map(jnp.zeros_like, location.gru)
+        bias = location.gru.bias.at[:Z].set(0).at[2 * Z :].set(jnp.arctanh(unit))
+        return eqx.tree_at(lambda l: l.gru, location, eqx.tree_at(lambda g: g.bias, gru, bias))
+    inputs = jax.tree.map(jnp.zeros_like, location.inputs)
+    gates = inputs.bias.size - Z if isinstance(location, Gated) else 0
+    if isinstance(location, LRU):
+        unit = jnp.where(jnp.arange(Z) < Z // 2, unit, 0.0)
+    inputs = eqx.tree_at(lambda i: i.bias, inputs, inputs.bias.at[gates:].set(unit))
+    return eqx.tree_at(lambda l: l.inputs, location, inputs)
+
+
+@pytest.mark.parametrize("unit", [GRU, Linear, LRU, Gated])
+def test_what_is_new_enters_with_the_weight_write(unit):
+    location = at_rest(unit(OBS, Z, key=jr.key(0)), 0.5)
+    z = location(jnp.ones(OBS), jnp.zeros_like(data("lru" if unit is LRU else "linear")[3]))
+    gate = 0.5 if unit is Gated else 1.0  # its input gate is half open, too
+    assert np.allclose(z, 0.5 * gate * location.write, rtol=1e-12)
+
+
+def test_time_constants_of_a_gru_start_log_uniform():
+    gru = GRU(1, 4000, min_decay=0.4, max_decay=0.99, key=jr.key(0))
+    rest = jax.tree.map(jnp.zeros_like, gru.gru)
+    rest = eqx.tree_at(lambda l: l.gru, gru, eqx.tree_at(lambda g: g.bias, rest, gru.gru.bias))
+    free = eqx.tree_at(lambda l: l.gru.bias, rest, gru.gru.bias.at[8000:].set(0.0))
+    decay = free(jnp.zeros(1), jnp.ones(4000))  # the candidate is 0
+    assert np.allclose(decay, 1 - gru.write, rtol=1e-12)
+    rates = np.sort(np.log(-np.log(decay)))
+    low, high = np.log(-np.log([0.99, 0.4]))
+    assert np.allclose(rates, np.linspace(low, high, 4000), atol=0.15)
+
+
+@pytest.mark.parametrize("cell", ["gru", "linear", "lru", "gated"])
+def test_noise_starts_in_proportion_to_what_a_unit_writes(cell):
+    env = envs.make("TMaze-memory")
+    config = PolicyConfig(cell=cell, z_size=8, state_std=0.3)
+    normal = make_kernel(config, env.spec, key=jr.key(0)).cell.distribution
+    assert np.allclose(std_from_log(normal.log_std), 0.3 * normal.location.write, rtol=1e-12)
+    assert normal.log_std.shape == normal.location.write.shape
 
 
 @pytest.mark.parametrize("cell", ["lru", "gated", "leaky"])

@@ -200,7 +200,7 @@ def test_a_command_line_is_refused_in_one_line(
         (
             ppo,
             "--leak 0.2",
-            ["leak 0.2 has no effect: memory is s2pg, not filter; cell is gru, not leaky"],
+            ["leak 0.2 has no effect: memory is s2pg, not filter; cell is linear, not leaky"],
         ),
         (ppo, "--backend mjx", ["backend mjx has no effect: env is CartPole-v1, not brax/*"]),
         (ppo, "--backend mjx --env brax/ant", []),
@@ -496,7 +496,10 @@ def advantage(*shape):
         (lambda: kernel(state_std=8.0), "state_std is 8.0"),
         (lambda: kernel(action_std=0.0), "action_std is 0.0"),
         (lambda: kernel(memory="kstep", k=-1), "k is -1; it has to be at least 1"),
-        (lambda: kernel(num_layers=2), "num_layers is 2; layers are for linear cells, not gru"),
+        (
+            lambda: kernel(cell="gru", num_layers=2),
+            "num_layers is 2; layers are for linear cells, not gru",
+        ),
         (lambda: kernel(memory="filter"), "memory 'filter' needs the model of a finite world"),
         (lambda: num_segments(12, 5), "does not divide num_steps 12; 1, 2, 3, 4, 6, 12 would"),
         (lambda: split_segments(jnp.zeros(12), -3), "segment_length -3 does not divide"),

@@ -20,9 +20,9 @@ from spg.limits import Count, Seed, check
 from spg.training import cli, options, plots, records, summaries, tables
 
 Task = Literal[
-    "cartpole", "memorychain", "tmaze10", "tmaze50", "recall10", "recall50",
-    "pendulum", "halfcheetah", "ant", "ringworld", "units-cartpole", "units-memorychain",
-    "units-tmaze10",
+    "cartpole", "mountaincar", "pendulum", "memorychain", "tmaze10", "tmaze50", "tmaze200",
+    "recall10", "recall50", "cards", "ringworld", "halfcheetah", "ant", "hopper", "walker2d",
+    "units-cartpole", "units-memorychain", "units-tmaze10",
 ]  # fmt: skip
 
 
@@ -43,8 +43,8 @@ class Config:
 METHODS: dict[str, dict[str, Any]] = {
     "S2PG": {"memory": "s2pg"},
     "BPTT": {"memory": "bptt"},
-    "S2PG linear": {"memory": "s2pg", "cell": "linear"},
-    "BPTT linear": {"memory": "bptt", "cell": "linear"},
+    "S2PG GRU": {"memory": "s2pg", "cell": "gru"},
+    "BPTT GRU": {"memory": "bptt", "cell": "gru"},
     "window-5": {"memory": "window", "window": 5},
     "none": {"memory": "none"},
     "oracle": {"memory": "oracle"},
@@ -54,7 +54,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     for name in ("belief", "lof", "lof-softmax", "alf", "alf-softmax", "alf-belief")
 }
 UNITS: dict[str, dict[str, Any]] = {
-    "GRU-64": {"memory": "bptt", "z_size": 64},
+    "GRU-64": {"memory": "bptt", "cell": "gru", "z_size": 64},
     "linear-64": {"memory": "bptt", "cell": "linear", "z_size": 64},
     "gated-64": {"memory": "bptt", "cell": "gated", "z_size": 64},
     "LRU-32": {"memory": "bptt", "cell": "lru", "z_size": 64},
@@ -65,68 +65,44 @@ RINGWORLD: dict[str, dict[str, Any]] = {
     "LRU-12": {"memory": "bptt", "cell": "lru", "z_size": 24},
     "LRU-64": {"memory": "bptt", "cell": "lru", "z_size": 128},
     **{name: UNITS[name] for name in ("linear-64", "gated-64", "GRU-64")},
-    **{name: METHODS[name] for name in ("S2PG", "S2PG linear", "none")},
+    **{name: METHODS[name] for name in ("S2PG", "S2PG GRU", "none")},
 }
 
 
+MEMORY: dict[str, Any] = {"observe": "all", "entropy_coef": 0.01}
+LONG: dict[str, Any] = MEMORY | {"gamma": 1.0, "total_steps": 5_000_000}
+BRAX: dict[str, Any] = {
+    "previous_action": True, "num_steps": 32, "hidden": (64, 64), "learning_rate": 3e-4,
+    "checkpoints": 10, "eval_episodes": 8,
+}  # fmt: skip
+TASKS: dict[str, dict[str, Any]] = {
+    "cartpole": {},
+    "mountaincar": {"env": "MountainCarContinuous-v0", "total_steps": 3_000_000},
+    "pendulum": {"env": "Pendulum-v1", "gamma": 0.95, "total_steps": 3_000_000},
+    "memorychain": MEMORY | {"env": "MemoryChain-bsuite", "total_steps": 500_000},
+    "tmaze10": MEMORY | {"env": "TMaze-memory", "env_params": {"length": 10.0}},
+    "tmaze50": LONG | {"env": "TMaze-memory", "env_params": {"length": 50.0}},
+    "tmaze200": LONG | {"env": "TMaze-memory", "env_params": {"length": 200.0}},
+    "recall10": MEMORY | {"env": "RepeatFirst-memory", "env_params": {"delay": 10.0}},
+    "recall50": LONG | {"env": "RepeatFirst-memory", "env_params": {"delay": 50.0}},
+    "cards": MEMORY | {"env": "RecallCards-memory", "total_steps": 3_000_000},
+    "ringworld": {
+        "env": "ringworld-pomdp", "observe": "all", "previous_action": True,
+        "num_minibatches": 8, "total_steps": 5_000_000,
+    },
+    **{n: BRAX | {"env": f"brax/{n}"} for n in ("halfcheetah", "ant", "hopper", "walker2d")},
+}  # fmt: skip
+
+
 def task(name: Task) -> tuple[ppo.Config, dict[str, dict[str, Any]]]:
-    """The configuration that all methods share, and the methods to compare."""
+    """The configuration that all methods share, and the methods to compare.
+
+    Cell, noise, size of z and what is not in `TASKS` are the defaults, the same in every task.
+    """
+    methods = RINGWORLD if name == "ringworld" else METHODS
     if name.startswith("units-"):
-        return task(name.removeprefix("units-"))[0], UNITS  # type: ignore[arg-type]
-    shared, methods = _task(name)
-    return shared, {m: (RINGWORLD if name == "ringworld" else METHODS)[m] for m in methods}
-
-
-def _task(name: Task) -> tuple[ppo.Config, list[str]]:
-    default = ppo.Config()
-    recall = replace(default, observe="all", gae_lambda=1.0, entropy_coef=0.01)
-    brax = replace(
-        default,
-        num_steps=32,
-        hidden=(64, 64),
-        learning_rate=3e-4,
-        state_std=0.1,
-        checkpoints=10,
-        eval_episodes=8,
-    )
-    delay = 50.0 if name.endswith("50") else 10.0
-    if delay == 50:
-        recall = replace(recall, z_size=4, gamma=1.0, total_steps=5_000_000)
-    return {
-        "cartpole": (default, list(METHODS)),
-        "memorychain": (
-            replace(recall, env="MemoryChain-bsuite", total_steps=500_000),
-            list(METHODS),
-        ),
-        "tmaze": (
-            replace(recall, env="TMaze-memory", env_params={"length": delay}),
-            [*list(METHODS)[:4], "none"],
-        ),
-        "recall": (
-            replace(recall, env="RepeatFirst-memory", env_params={"delay": delay}),
-            [*list(METHODS)[:4], "none"],
-        ),
-        "pendulum": (
-            replace(default, env="Pendulum-v1", gamma=0.95, state_std=0.1, total_steps=3_000_000),
-            list(METHODS),
-        ),
-        "halfcheetah": (
-            replace(brax, env="brax/halfcheetah"),
-            ["S2PG", "S2PG linear", "none", "oracle"],
-        ),
-        "ringworld": (
-            replace(
-                default,
-                env="ringworld-pomdp",
-                observe="all",
-                previous_action=True,
-                num_minibatches=8,
-                total_steps=5_000_000,
-            ),
-            list(RINGWORLD),
-        ),
-        "ant": (replace(brax, env="brax/ant"), ["S2PG", "S2PG linear", "none", "oracle"]),
-    }[name.rstrip("0123456789")]
+        name, methods = name.removeprefix("units-"), UNITS  # type: ignore[assignment]
+    return replace(ppo.Config(), **TASKS[name]), methods
 
 
 def main(config: Config) -> None:

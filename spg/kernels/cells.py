@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact, PRNGKeyArray, PyTree
 
@@ -37,11 +38,23 @@ class Cell(Protocol):
 
 
 class Location(eqx.Module):
-    """A point z' for each (o, z). A subclass defines `__call__`, and perhaps a faster `unroll`."""
+    """A point z' for each (o, z).
+
+    A subclass defines `__call__`, perhaps a faster `unroll`, and `write` where entries of z differ.
+    """
 
     @abstractmethod
     def __call__(self, obs: Array, z: PyTree) -> PyTree:
         """z' = location(o, z)."""
+
+    @property
+    def write(self) -> Float[Array, "..."]:
+        """The weight with which a new input enters each entry of z', before any gate has opened.
+
+        The noise of S2PG starts in proportion, so that slow units remember their inputs as clearly
+        as fast ones.
+        """
+        return jnp.ones(())
 
     def unroll(self, obs: Array, z: PyTree, first: Bool[Array, " L"], z0: PyTree) -> PyTree:
         """z'_t = location(o_t, z_t) from the first z on, z_{t+1} = z'_t, or z0 where `first`."""
@@ -55,12 +68,35 @@ class Location(eqx.Module):
 
 
 class GRU(Location):
-    """Gated recurrent unit of Cho et al. (2014) on (o, z)."""
+    """Gated recurrent unit of Cho et al. (2014) on (o, z), with z' = k ⊙ z + (1 - k) ⊙ candidate.
+
+    The bias of the gate k spreads the time constants of the units at the start, after Tallec &
+    Ollivier (2018); their logarithms are uniform here, as those of `Linear`.
+    """
 
     gru: eqx.nn.GRUCell
 
-    def __init__(self, obs_size: int, z_size: int, *, key: PRNGKeyArray):
-        self.gru = eqx.nn.GRUCell(obs_size, z_size, key=key)
+    def __init__(
+        self,
+        obs_size: int,
+        z_size: int,
+        *,
+        min_decay: float = 0.4,
+        max_decay: float = 0.99,
+        key: PRNGKeyArray,
+    ):
+        """k starts log-uniform in its time constant -1/log k between the two given decays."""
+        gru_key, decay_key = jr.split(key)
+        log_decay = -jnp.exp(log_rates(z_size, min_decay, max_decay, key=decay_key))
+        gru = eqx.nn.GRUCell(obs_size, z_size, key=gru_key)
+        gate = log_decay - jnp.log(-jnp.expm1(log_decay))  # the logit of k
+        bias = jnp.asarray(gru.bias).at[z_size : 2 * z_size].set(gate)
+        self.gru = eqx.tree_at(lambda gru: gru.bias, gru, bias)
+
+    @property
+    def write(self) -> Float[Array, " n"]:
+        _, gate, _ = jnp.split(jnp.asarray(self.gru.bias), 3)
+        return jax.nn.sigmoid(-gate)
 
     def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Float[Array, " n"]:
         return self.gru(obs, z)
@@ -119,10 +155,30 @@ class Drawn(eqx.Module):
         return jax.vmap(one)(obs, z, z_next), z_next
 
 
+def log_rates(
+    size: int, min_decay: float, max_decay: float, *, key: PRNGKeyArray
+) -> Float[Array, " {size}"]:
+    """log(-log λ), uniform between those of the two given decays.
+
+    The time constants -1/log λ are log-uniform then. Raises ValueError for decays outside (0, 1).
+    """
+    inside(min_decay=min_decay, max_decay=max_decay)
+    low, high = jnp.log(-jnp.log(max_decay)), jnp.log(-jnp.log(min_decay))
+    return jr.uniform(key, (size,), minval=low, maxval=high)
+
+
+def inside(**numbers: float) -> None:
+    """Raise ValueError unless all numbers are inside (0, 1)."""
+    for name, value in numbers.items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name} is {value}; it has to be inside (0, 1)")
+
+
 class NormalAround(eqx.Module):
     """z' ~ N(location(o, z), diag(σ²)) with σ learned, the distribution of S2PG.
 
-    z is real or complex; σ is the standard deviation of the real and of the imaginary part each.
+    z is real or complex; σ is the standard deviation of the real and of the imaginary part each. It
+    should start in proportion to `location.write`.
     """
 
     location: Location

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
-from spg.distributions import log_from_std
 from spg.kernels.cells import (
     GRU,
     Cell,
@@ -32,6 +31,7 @@ from spg.scans import num_segments
 from spg.types import Spec
 
 DRAWN = ("s2pg", "bptt")  # memories with a cell
+Unit = Literal["linear", "gru", "lru", "gated", "leaky"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PolicyConfig:
     memory: Literal["s2pg", "bptt", "window", "filter", "kstep", "none", "oracle"] = "s2pg"
     """how z' follows from (o, z): drawn, computed, a window, a filter of the known model, a seed
     that is held for k steps; none and oracle have no memory, the oracle sees the state"""
-    cell: Annotated[Literal["gru", "linear", "lru", "gated", "leaky"], Needs(memory=DRAWN)] = "gru"
+    cell: Annotated[Unit, Needs(memory=DRAWN)] = "linear"
     """the unit that places z' (s2pg, bptt); leaky takes one-hot observations and the previous
     action"""
     num_layers: Annotated[Count, Needs(memory=DRAWN)] = 1
@@ -69,7 +69,8 @@ class PolicyConfig:
         Range(1e-6, 5, usual="0.1 to 0.3 is usual, and memory bptt is without noise"),
         Needs(memory="s2pg"),
     ] = 0.2
-    """standard deviation of the noise on z' at the start (s2pg); it is learned"""
+    """standard deviation of the noise on z' at the start, relative to the weight with which a unit
+    takes up what is new (s2pg); it is learned"""
     segment_length: Annotated[int, Range(0, 2**31 - 1, whole=True)] = 0
     """L, steps through which gradients flow; 0: the whole rollout for bptt, otherwise 1"""
     window: Annotated[Size, Needs(memory="window")] = 5
@@ -120,8 +121,8 @@ def make_kernel(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Kerne
         z0 = jnp.zeros(config.z_size // 2, complex) if is_complex else jnp.zeros(config.z_size)
         cell = Computed(location)
         if config.memory == "s2pg":
-            log_std = log_from_std(config.state_std, "state_std")
-            cell = Drawn(NormalAround(location, jnp.full(z0.size, log_std)))
+            log_std = jnp.log(config.state_std * location.write)
+            cell = Drawn(NormalAround(location, log_std))
         if config.cell == "leaky":
             normalizer = Identity()
     head = _head(config, spec, spec.obs_size + seen(z0).size, key=head_key)

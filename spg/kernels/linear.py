@@ -14,7 +14,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray
 
-from spg.kernels.cells import Location
+from spg.kernels.cells import Location, inside, log_rates
 from spg.scans import Method, linear_scan
 
 
@@ -69,7 +69,7 @@ class Linear(LinearUnit):
     ):
         """λ starts log-uniform in its time constant -1/log λ between the two given decays."""
         input_key, decay_key = jr.split(key)
-        self.nu = _log_rates(z_size, min_decay, max_decay, key=decay_key)
+        self.nu = log_rates(z_size, min_decay, max_decay, key=decay_key)
         self.inputs = eqx.nn.Linear(obs_size, z_size, key=input_key)
         self.method = method
 
@@ -77,9 +77,12 @@ class Linear(LinearUnit):
     def decay(self) -> Float[Array, " n"]:
         return jnp.exp(-jnp.exp(self.nu))
 
+    @property
+    def write(self) -> Float[Array, " n"]:
+        return jnp.sqrt(-jnp.expm1(-2 * jnp.exp(self.nu)))  # √(1 - λ²), also where λ is near 1
+
     def affine(self, obs: Float[Array, " o"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-        scale = jnp.sqrt(-jnp.expm1(-2 * jnp.exp(self.nu)))  # √(1 - λ²), also where λ is near 1
-        return self.decay, scale * self.inputs(obs)
+        return self.decay, self.write * self.inputs(obs)
 
 
 class LRU(LinearUnit):
@@ -108,7 +111,7 @@ class LRU(LinearUnit):
         key: PRNGKeyArray,
     ):
         """λ starts uniform in the ring of these radii, θ up to `max_phase` (theirs for Path-X)."""
-        _inside(min_decay=min_decay, max_decay=max_decay)
+        inside(min_decay=min_decay, max_decay=max_decay)
         size = _half(z_size)
         input_key, decay_key, phase_key = jr.split(key, 3)
         square = jr.uniform(decay_key, (size,), minval=min_decay**2, maxval=max_decay**2)
@@ -118,8 +121,12 @@ class LRU(LinearUnit):
         self.inputs = eqx.nn.Linear(obs_size, z_size, key=input_key)
         self.method = method
 
+    @property
+    def write(self) -> Float[Array, " m"]:
+        return jnp.exp(self.gamma)
+
     def affine(self, obs: Float[Array, " o"]) -> tuple[Num[Array, " m"], Num[Array, " m"]]:
-        u = jnp.tile(jnp.exp(self.gamma), 2) * self.inputs(obs)
+        u = jnp.tile(self.write, 2) * self.inputs(obs)
         return _polar(jnp.exp(-jnp.exp(self.nu)), self.theta), _to_complex(u)
 
 
@@ -148,10 +155,14 @@ class Gated(LinearUnit):
     ):
         """Half open, r = 1/2, the decays start as those of `Linear`."""
         input_key, decay_key = jr.split(key)
-        rates = jnp.exp(_log_rates(z_size, min_decay, max_decay, key=decay_key)) / 4
+        rates = jnp.exp(log_rates(z_size, min_decay, max_decay, key=decay_key)) / 4
         self.rate = jnp.log(jnp.expm1(rates))
         self.inputs = eqx.nn.Linear(obs_size, 3 * z_size, key=input_key)
         self.method = method
+
+    @property
+    def write(self) -> Float[Array, " n"]:
+        return jnp.sqrt(-jnp.expm1(-8 * jax.nn.softplus(self.rate)))  # at r = ½
 
     def affine(self, obs: Float[Array, " o"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         forget, keep, value = jnp.split(self.inputs(obs), 3)
@@ -188,7 +199,7 @@ class LeakyFilter(LinearUnit):
         key: PRNGKeyArray,
     ):
         """Phases start uniform in the circle, emission logits standard normal, δ at `leak`."""
-        _inside(leak=leak)
+        inside(leak=leak)
         size = _half(z_size)
         emission_key, phase_key = jr.split(key)
         self.logits = jr.normal(emission_key, (obs_size - num_actions, size))
@@ -198,25 +209,16 @@ class LeakyFilter(LinearUnit):
         self.basis = jnp.stack([transform.real, transform.imag])
         self.method = method
 
+    @property
+    def write(self) -> Float[Array, " m"]:
+        return jnp.broadcast_to(jax.nn.sigmoid(self.leak), self.phases.shape[1:])
+
     def affine(self, obs: Float[Array, " o"]) -> tuple[Num[Array, " m"], Num[Array, " m"]]:
         seen, action = jnp.split(obs, [len(self.logits)])
         leak = jax.nn.sigmoid(self.leak)
         evidence = seen @ jax.nn.log_softmax(self.logits, axis=0)
         real, imaginary = (leak * evidence @ part.T for part in self.basis)
         return _polar(1 - leak, action @ self.phases), lax.complex(real, imaginary)
-
-
-def _log_rates(size: int, min_decay: float, max_decay: float, *, key: PRNGKeyArray) -> Array:
-    """log(-log λ), uniform between those of the two given decays."""
-    _inside(min_decay=min_decay, max_decay=max_decay)
-    low, high = jnp.log(-jnp.log(max_decay)), jnp.log(-jnp.log(min_decay))
-    return jr.uniform(key, (size,), minval=low, maxval=high)
-
-
-def _inside(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if not 0 < value < 1:
-            raise ValueError(f"{name} is {value}; it has to be inside (0, 1)")
 
 
 def _half(z_size: int) -> int:

@@ -54,6 +54,10 @@ class Stack(Location):
         self.gates = [eqx.nn.Linear(size, 2 * size, key=k[1]) for _, k in between]
         self.skips = [eqx.nn.Linear(n, size, use_bias=False, key=k[2]) for n, k in between]
 
+    @property
+    def write(self) -> Float[Array, " n"]:
+        return jnp.concatenate([unit.write for unit in self.units])
+
     def __call__(self, obs: Float[Array, " o"], z: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
         x, states = obs, []
         for i, state in enumerate(jnp.split(z, len(self.units))):
