@@ -6,7 +6,6 @@ Each of `with_law`, `learned_start` and `frozen` makes kernels from a configurat
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from spg.distributions import Distribution, Normal, TanhNormal, log_from_std, std_from_log
+from spg.distributions import Distribution, Normal, TanhNormal, std_from_log
 from spg.kernels.cells import Cell, Drawn, Location
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.heads import FeatureHead, Head
@@ -140,12 +139,13 @@ class Around(eqx.Module):
 
 
 def with_law(name: str, config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Kernel:
-    """S2PG whose z' is drawn from `LAWS[name]` around the location that `config` names."""
-    kernel = make_kernel(replace(config, memory="bptt"), spec, key=key)
-    computed: Any = kernel.cell
-    log_std = jnp.full(kernel.z0.size, log_from_std(config.state_std, "state_std"))
-    cell = Drawn(Around(computed.location, log_std, LAWS[name]))
-    return eqx.tree_at(lambda k: k.cell, kernel, cell)
+    """S2PG whose z' is drawn from `LAWS[name]` around the location, and with the σ, of `config`."""
+    kernel = make_kernel(config, spec, key=key)
+    drawn: Any = kernel.cell
+    around = drawn.distribution
+    return eqx.tree_at(
+        lambda k: k.cell, kernel, Drawn(Around(around.location, around.log_std, LAWS[name]))
+    )
 
 
 class Started(eqx.Module):
