@@ -20,7 +20,7 @@ from spg.limits import Count, Seed, check
 from spg.training import cli, options, plots, records, summaries, tables
 
 Task = Literal[
-    "cartpole", "mountaincar", "pendulum", "memorychain", "tmaze10", "tmaze50", "tmaze200",
+    "cartpole", "acrobot", "pendulum", "memorychain", "tmaze10", "tmaze50", "tmaze200",
     "recall10", "recall50", "cards", "ringworld", "halfcheetah", "ant", "hopper", "walker2d",
     "units-cartpole", "units-memorychain", "units-tmaze10",
 ]  # fmt: skip
@@ -77,7 +77,7 @@ BRAX: dict[str, Any] = {
 }  # fmt: skip
 TASKS: dict[str, dict[str, Any]] = {
     "cartpole": {},
-    "mountaincar": {"env": "MountainCarContinuous-v0", "total_steps": 3_000_000},
+    "acrobot": {"env": "Acrobot-v1"},
     "pendulum": {"env": "Pendulum-v1", "gamma": 0.95, "total_steps": 3_000_000},
     "memorychain": MEMORY | {"env": "MemoryChain-bsuite", "total_steps": 500_000},
     "tmaze10": MEMORY | {"env": "TMaze-memory", "env_params": {"length": 10.0}},
