@@ -96,6 +96,7 @@ def test_statistics_from_nothing_would_be_a_jump():
     assert jump(jr.key(0)) > 0.3
 
 
+@pytest.mark.slow
 def test_statistics_move_reinforce_by_less_than_its_updates_do():
     config = reinforce.Config(env="TMaze-memory", env_params={"length": 5}, num_envs=32, z_size=8)
     env = options.make_env(config)

@@ -82,6 +82,7 @@ def test_ascent_is_monotone_and_ends_as_the_theorem_says(random_worlds, method):
         assert np.allclose(bounds[:, -1], table, rtol=0.03)
 
 
+@pytest.mark.slow
 def test_curvature_stays_below_the_smoothness_constant(random_worlds):
     policies = kstep.all_policies(3, 2)
     weights = jr.dirichlet(jr.key(1), jnp.ones(8), (40,))

@@ -45,6 +45,7 @@ def test_random_graphs_are_connected_and_tell_observations_apart(num_z, num_obs,
                 assert (mask[:, o] != mask[:, p]).any()
 
 
+@pytest.mark.slow
 def test_every_successor_is_equally_likely():
     draw = jax.jit(jax.vmap(lambda key: random_successors(6, 4, 2, key=key)))
     mask = np.mean([masks(s) for s in draw(jr.split(jr.key(0), 500))], 0)

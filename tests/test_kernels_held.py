@@ -72,6 +72,7 @@ def test_a_draw_is_scored_once(recorded):
             assert np.isclose(log_prob[n, t], truth)
 
 
+@pytest.mark.slow
 def test_draws_have_the_probabilities_of_the_cell(recorded):
     """And the entropy is the mean of -log ω."""
     _, kernel, _ = recorded

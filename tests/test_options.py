@@ -24,8 +24,8 @@ from scripts.benchmarks import (
     gamp_scale,
     gpomdp_variance,
     memory,
+    questions,
     scans,
-    variance,
 )
 from scripts.benchmarks import kstep as kstep_benchmark
 from spg import envs, limits
@@ -52,7 +52,7 @@ ROOT = Path(__file__).parents[1]
 EVERY = [
     evaluate,
     ppo, reinforce, gamp, gpomdp, kstep, filters, controllers, curves, gamp_scale,
-    gpomdp_variance, kstep_benchmark, memory, scans, variance,
+    gpomdp_variance, kstep_benchmark, memory, questions, scans,
 ]  # fmt: skip
 HUGE = "99999999999999999999"
 
@@ -156,7 +156,7 @@ def command(script, words, monkeypatch):
         (filters, "--trajectories 1e9", "1,000,000,000 trajectories side by side would take"),
         (memory, "--repeats 0", "repeats is 0"),
         (scans, "--widths 0", "widths is 0"),
-        (variance, "--gamma 2", "gamma is 2.0"),
+        (questions, "--num-seeds 0", "num_seeds is 0"),
         (gpomdp_variance, "--betas 0.9 1", "betas is 1.0"),
         (gamp_scale, "--cases foo", "unknown case 'foo'; choose from"),
         (curves, "--num-seeds 0", "num_seeds is 0"),

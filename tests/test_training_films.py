@@ -92,6 +92,7 @@ def test_every_drawing_moves_at_the_speed_of_the_world(name, tmp_path):
     assert any((frame != frames[0]).any() for frame in frames[1:])  # below the title
 
 
+@pytest.mark.slow
 def test_a_film_of_physics_is_a_picture_and_an_animation(tmp_path):
     env, kernel = opened("CartPole-v1", observe="positions")
     written = films.save(kernel, env, tmp_path, title="CartPole", key=jr.key(0))

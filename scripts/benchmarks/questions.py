@@ -2,14 +2,14 @@
 
     python scripts/benchmarks/questions.py --question variance
 
-    variance     of the gradient estimate against T and the noise on z', beside its bounds
-    limit        the gradient as the noise goes to 0, against that of the noise-free policy
-    only-memory  learning from the gradient of ω alone, with μ frozen, and the reverse
+    variance     of the gradient estimate against T and noise, and its bounds
+    limit        of the gradient as the noise goes to 0: the noise-free one
+    only-memory  learning ω alone, with μ frozen, and the reverse
     start        z0 learned or zero
-    laws         z' Normal, bounded Normal, Laplace, Bernoulli, Categorical; the same cell
-    why          what z tells of the cue over training, step by step, and where credit comes
-    length       success against delay: S2PG and BPTT, GRU and linear cell, and a window
-    seeds        a task of the main table by curves.py, with as many seeds
+    laws         z' Normal, bounded, Laplace, Bernoulli, Categorical
+    why          what z tells of the cue, and where credit comes, over time
+    length       success against delay: S2PG, BPTT, a window
+    seeds        a task of the main table by curves.py
 
 From the third on PPO is trained; a training that is complete is not run again.
 """
