@@ -125,7 +125,8 @@ def seeded(slots=None, **config):
     return make_kernel(policy, env.spec, key=jr.key(0)), env
 
 
-@pytest.mark.parametrize("slots", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [False, True])
 def test_seeds_are_held_for_a_window_and_scored_once(slots):
     kernel, env = seeded(slots)
     kernel = eqx.tree_at(lambda k: k.cell.distribution.logits, kernel, jnp.array([0.0, 1.0, -1.0]))
