@@ -7,6 +7,12 @@ noise-free policy of the best seed sees, keeps and does; for Gymnax's physics `r
 Brax `rollout.html`, a page that loads its viewer from the network.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one line, status 130
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 import csv
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +26,7 @@ from jaxtyping import Float
 
 import spg
 from spg.limits import Count, Seed, check
-from spg.training import cli, films, options, plots, terminal
+from spg.training import cli, films, plots
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    arguments = options.parse(Config)
-    with terminal.interruptible():
-        try:
-            main(arguments)
-        except (ValueError, OSError) as error:
-            cli.fail(error)
+    cli.once(Config, main)

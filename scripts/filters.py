@@ -9,6 +9,12 @@ world has two actions, stay and swap, drawn uniformly; each has the other's effe
 ε. The script takes seconds to minutes and cannot be resumed.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one line, status 130
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 import csv
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +31,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from spg.filters import decoding
 from spg.filters.belief import ForwardFilter, LinearFilter, exact_filter, forward_filter
 from spg.limits import Count, Range, Seed, check, fits
-from spg.training import cli, options, records, tables
+from spg.training import cli, records, tables
 from spg.worlds.hmm import deterministic_part, hmm
 from spg.worlds.markov import swap_hmm
 
@@ -192,7 +198,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(options.parse(Config))
-    except (records.RunError, ValueError, OSError) as error:
-        cli.fail(error)
+    cli.once(Config, main)

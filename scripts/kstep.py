@@ -9,6 +9,12 @@ are held; Adam trains them.
     python scripts/kstep.py --problem chain --method product --gradient sampled
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one line, status 130
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 import csv
 import inspect
 import sys
@@ -307,9 +313,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    arguments = options.parse(Config)
-    options.warn(arguments)
-    try:
-        main(arguments)
-    except (ValueError, OSError, records.RunError) as error:
-        cli.fail(error)
+    cli.once(Config, main)

@@ -20,7 +20,7 @@ import gamp
 import gpomdp
 
 from spg.limits import Range, Seed, check
-from spg.training import cli, options, plots, records, summaries, tables
+from spg.training import cli, plots, records, summaries, tables
 
 Task = Literal["loadunload", "heavenhell", "pentagon", "factory"]
 
@@ -140,7 +140,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(options.parse(Config))
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        cli.fail(error)
+    cli.once(Config, main)

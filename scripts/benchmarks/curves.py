@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ppo
 
 from spg.limits import Count, Seed, check
-from spg.training import cli, options, plots, records, summaries, tables
+from spg.training import cli, options, plots, summaries, tables
 
 Task = Literal[
     "cartpole", "acrobot", "pendulum", "memorychain", "tmaze10", "tmaze50", "tmaze200",
@@ -142,9 +142,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    arguments = options.parse(Config)
-    cli.use_cores(arguments.num_seeds)
-    try:
-        main(arguments)
-    except (ValueError, records.RunError) as error:
-        cli.fail(error)
+    cli.once(Config, main, seeds=lambda config: config.num_seeds)

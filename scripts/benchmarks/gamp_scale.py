@@ -41,7 +41,7 @@ from spg.exact.solvers import (
 from spg.kernels.finite import random_controller, tables
 from spg.kernels.kernel import Kernel
 from spg.limits import Count, NonNegative, Positive, Range, Seed, check
-from spg.training import cli, options, records
+from spg.training import cli, records
 from spg.training.tables import table
 from spg.worlds import problems
 from spg.worlds.models import SparsePOMDP, dense, sparse_pomdp
@@ -484,7 +484,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(options.parse(Config))
-    except (ValueError, OSError, records.RunError) as reason:
-        cli.fail(reason)
+    cli.once(Config, main)

@@ -197,7 +197,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(options.parse(Config))
-    except (records.RunError, ValueError, OSError) as error:
-        cli.fail(error)
+    cli.once(Config, main)

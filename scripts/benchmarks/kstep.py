@@ -26,7 +26,7 @@ from scipy import sparse
 
 from spg.exact import kstep
 from spg.limits import Count, Range, Total, check
-from spg.training import cli, options, plots, records, summaries, tables
+from spg.training import cli, plots, summaries, tables
 from spg.worlds.models import SparsePOMDP, dense
 
 Part = Literal["trap", "many", "large"]
@@ -226,10 +226,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    arguments = options.parse(Config)
-    if arguments.parts == ("trap",):  # sharded seeds; times are of one device with all cores
-        cli.use_cores(arguments.num_seeds)
-    try:
-        main(arguments)
-    except (ValueError, OSError, records.RunError) as error:
-        cli.fail(error)
+    # seeds are sharded; but times are of one device with all cores
+    cli.once(Config, main, seeds=lambda c: c.num_seeds if c.parts == ("trap",) else 1)

@@ -315,7 +315,4 @@ def main(config: Config) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    try:
-        main(options.parse(Config))
-    except (ValueError, records.RunError) as error:
-        cli.fail(error)
+    cli.once(Config, main)

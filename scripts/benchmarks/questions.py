@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from scripts.benchmarks import curves, questions_limit, questions_trained, questions_variance
 from scripts.benchmarks import questions_why as why
 from spg.limits import Count, Needs, Seed, Total, check
-from spg.training import cli, options, records, tables
+from spg.training import cli, tables
 
 TRAINED = ("only-memory", "start", "laws", "why", "length")
 Question = Literal[
@@ -108,11 +108,5 @@ def means(rows: list[Any], name: str, columns: list[str]) -> list[dict[str, floa
 
 
 if __name__ == "__main__":
-    arguments = options.parse(Config)
-    if arguments.question not in ("variance", "limit"):
-        cli.use_cores(arguments.num_seeds)
-    try:
-        options.warn(arguments)
-        main(arguments)
-    except (ValueError, OSError, records.RunError) as error:
-        cli.fail(error)
+    exact = ("variance", "limit")
+    cli.once(Config, main, seeds=lambda c: 1 if c.question in exact else c.num_seeds)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from spg.limits import Count, NonNegative, check
 from spg.scans import linear_scan
-from spg.training import cli, options, records, tables
+from spg.training import cli, records, tables
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,4 @@ def main(config: Config) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    try:
-        main(options.parse(Config))
-    except (ValueError, records.RunError) as error:
-        cli.fail(error)
+    cli.once(Config, main)

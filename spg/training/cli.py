@@ -1,6 +1,7 @@
 """The command line of the scripts: shared options, and errors in one line."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -67,6 +68,7 @@ def of_controllers(problem: Problem, method: str, **parts: Any) -> loop.Algorith
 
 
 C = TypeVar("C", bound=RunConfig)
+T = TypeVar("T")
 
 
 def main(config_type: type[C], make: Callable[[C], loop.Algorithm], *, cores: bool = True) -> None:
@@ -131,6 +133,26 @@ def use_cores(num_seeds: int) -> None:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         jax.config.update("jax_num_cpu_devices", min(num_seeds, cores))
+
+
+def once(
+    config_type: type[T], main: Callable[[T], Any], *, seeds: Callable[[T], int] | None = None
+) -> None:
+    """Parse the command line and call `main`, which cannot be resumed.
+
+    With `seeds`, the number of trainings that a configuration shards, see `use_cores`.
+
+    Ends with status 2 and one line where the user erred, with 130 when interrupted.
+    """
+    with terminal.interruptible():
+        try:
+            config = options.parse(config_type)
+            options.warn(config)
+            if seeds:
+                use_cores(seeds(config))
+            main(config)
+        except (ValueError, OSError, records.RunError, subprocess.CalledProcessError) as error:
+            fail(error)
 
 
 def fail(error: Exception) -> NoReturn:
