@@ -171,6 +171,7 @@ def test_a_held_choice_pays_one_to_the_controller_and_a_half_to_the_other_policy
     assert np.allclose(enumeration.enumerate_return(expected_kernel(kernel), pomdp, **setting), 1)
 
 
+@pytest.mark.slow
 def test_the_stationary_mean_is_the_discounted_gradient():
     """E[r_{t+1} e_t] = Σ_n βⁿ d ∇K Kⁿ r over the steps seen, from the stationary law."""
     beta = 0.8

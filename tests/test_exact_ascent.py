@@ -38,6 +38,7 @@ def test_from_the_uniform_start_one_step_stays_and_seven_advance():
     assert np.allclose(returns, [3.0, 6.561, 6.561, 6.561])
 
 
+@pytest.mark.slow
 def test_no_law_falls_short_by_more_than_the_bound(random_worlds):
     """J^D* - J(w) <= max ∂J/∂w - w ∂J/∂w + c_k for random w."""
     policies = kstep.all_policies(3, 2)

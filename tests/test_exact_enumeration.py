@@ -26,6 +26,7 @@ def kernel():
     return make_finite_kernel(jr.key(1))
 
 
+@pytest.mark.slow
 def test_forward_recursion_equals_the_sum_over_trajectories(pomdp, kernel):
     setting = {"gamma": GAMMA, "num_steps": 3}
     forward = lambda kernel: enumeration.expected_return(kernel, pomdp, **setting)

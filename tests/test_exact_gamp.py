@@ -172,6 +172,7 @@ class Network(eqx.Module):
         return Categorical(jnp.tanh(self.layer(features)))
 
 
+@pytest.mark.slow
 def test_networks_take_the_place_of_tables():
     memory = NetworkMemory(Network(eqx.nn.Linear(5, 2, key=jr.key(0))), 2)
     head = Network(eqx.nn.Linear(5, 3, key=jr.key(1)))
@@ -192,6 +193,7 @@ def test_the_derivative_in_the_reward_is_how_often_it_is_received():
     assert np.allclose(gradient.reward, jnp.einsum("sg,sgha->sa", d, policy), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_controllers_are_vmapped():
     pomdp, kernel = random_world(), sparse_kernel(3, 3)
     kernels = [jax.tree.map(lambda x, n=n: x * n, kernel) for n in (1, 0, 1)]  # integers, too
@@ -232,7 +234,7 @@ def apply(chain):
     return lambda d: (d[:, 0] @ chain)[:, None]
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("dtype", [slow(np.float64), np.float32])
 def test_arnoldi_finds_the_limit_from_the_start_in_chains_of_two_classes(dtype):
     """Of 2 to 50 states each, also periodic, and with transient states ahead of them."""
     rng, size = np.random.default_rng(0), 104
@@ -295,7 +297,7 @@ def check_converged(num, size, dtype, seed):
     ].any()
 
 
-@pytest.mark.parametrize("dtype", [slow(np.float64), np.float32])
+@pytest.mark.parametrize("dtype", [slow(np.float64), slow(np.float32)])
 def test_what_has_converged_is_right_and_what_mixes_has_converged(dtype):
     check_converged(6, 16, dtype, 0)
 

@@ -66,6 +66,7 @@ def test_a_segment_that_opens_inside_an_episode_carries_on_from_its_z(name, stat
     assert_trees_close(log_prob(kernel, tail), whole, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_associative_scoring_equals_sequential_in_value_and_gradient():
     kernel = make_kernel("linear", jr.key(0), z_size=3)
     other = make_kernel("associative", jr.key(0), z_size=3)

@@ -88,6 +88,7 @@ def test_tables_are_the_laws():
         tables(make_kernel("gru", jr.key(0)), jnp.arange(3))
 
 
+@pytest.mark.slow
 def test_sampled_states_are_successors():
     kernel = random_controller(5, 2, 2, out_degree=2, std=1.0, key=jr.key(0))
     law = kernel.cell(jnp.array(1), jnp.array(3))

@@ -36,6 +36,7 @@ def recorded(float64):
     return problem, kernel, jax.tree.map(np.asarray, traj)
 
 
+@pytest.mark.slow
 def test_each_agent_holds_its_actions_for_a_window(recorded):
     """The joint action is (a_1, a_2) row-major; windows restart with the episode."""
     problem, _, traj = recorded

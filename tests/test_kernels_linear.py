@@ -39,7 +39,7 @@ def data(name="linear"):
     return obs, z, jnp.array([False, False, True, True, False, False, True]), z0
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", [*list(MAKE)[:-1], pytest.param("stack", marks=pytest.mark.slow)])
 def test_a_segment_is_the_unit_step_by_step_in_value_and_gradient(name):
     location, (obs, z, first, z0) = make(name), data(name)
     weight = jnp.cos(jnp.arange(STEPS * z.size)).reshape(STEPS, z.size)
@@ -237,6 +237,7 @@ def test_the_factory_makes_linear_cells(cell):
     assert jnp.iscomplexobj(kernel.z0) == (cell != "gated")
 
 
+@pytest.mark.slow
 def test_the_factory_stacks_layers_and_refuses_what_cannot_be():
     config = PolicyConfig(cell="gated", num_layers=2, z_size=8)
     env = envs.make("TMaze-memory")

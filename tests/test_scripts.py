@@ -66,7 +66,7 @@ def test_ppo_runs_on_brax_and_leaves_the_page(tmp_path):
 @pytest.mark.parametrize(
     ("estimator", "memory", "segment_length"),
     [
-        ("reinforce", "s2pg", 0),
+        slow("reinforce", "s2pg", 0),
         slow("gpomdp", "s2pg", 3),
         slow("gpomdp", "bptt", 0),
         slow("reinforce", "kstep", 0),
@@ -77,7 +77,7 @@ def test_reinforce_runs(estimator, memory, segment_length, tmp_path):
     two_updates(reinforce, replace(REINFORCE, **words), tmp_path)
 
 
-@pytest.mark.parametrize("optimiser", ["adam", slow("conjugate")])
+@pytest.mark.parametrize("optimiser", [slow("adam"), slow("conjugate")])
 def test_gamp_runs(optimiser, tmp_path):
     config = gamp.Config(
         num_updates=2, num_seeds=2, checkpoints=1, solver="damped", precision="single",

@@ -40,7 +40,7 @@ def test_gap_falls_with_k_below_the_bound(tmp_path, capsys):
         ("twostate", "projected", "exact"),
         ("matching", "mixture", "exact"),
         pytest.param("aggregated", "mixture", "sampled", marks=pytest.mark.slow),
-        ("chain", "mirror", "sampled"),
+        pytest.param("chain", "mirror", "sampled", marks=pytest.mark.slow),
     ],
 )
 def test_every_method_runs(problem, method, gradient, tmp_path):

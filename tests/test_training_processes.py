@@ -90,6 +90,7 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path, whole, start):
     assert_same_run(whole, out)
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_in_one_line(tmp_path, whole, start):
     shutil.copytree(whole, tmp_path / "run")
     with records.locked(tmp_path / "run"):
