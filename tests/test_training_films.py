@@ -1,5 +1,7 @@
 """Pictures and films show the states, observations and actions of the noise-free policy."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -12,7 +14,7 @@ from PIL import Image
 import spg
 from spg import envs
 from spg.training import films
-from spg.training.drawings import DRAWINGS, animate
+from spg.training.drawings import DRAWINGS, animate, finite_world
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -113,6 +115,19 @@ def test_a_finite_world_is_drawn_with_its_names_and_an_endless_one_for_100_steps
     assert state.values.shape == (100,)
     assert observation.names == ("loading", "travel", "unloading")
     assert action.names == ("left", "right")
+
+
+def test_a_film_of_a_finite_world_shows_the_state_it_is_in(tmp_path):
+    drawing = finite_world(4, ("north", "east", "south", "west"))
+    axes = Figure().subplots()
+    move = drawing.start(axes, SimpleNamespace(state=np.array([0, 1, 3])), None)
+    for t, (x, y) in enumerate([(0, 1), (1, 0), (-1, 0)]):
+        move(t)
+        np.testing.assert_allclose(np.ravel(axes.lines[-1].get_data()), [x, y], atol=1e-12)
+    assert [text.get_text() for text in axes.texts] == ["north", "east", "south", "west"]
+    env, kernel = opened("loadunload-pomdp")
+    written = films.save(kernel, env, tmp_path, title="Load/Unload", key=jr.key(0))
+    assert [path.name for path in written] == ["rollout.png", "rollout.gif"]
 
 
 def test_a_panel_holds_internal_states_of_every_form():

@@ -1,4 +1,4 @@
-"""Moving pictures of Gymnax's physics, drawn from the states."""
+"""Moving pictures of Gymnax's physics and of finite worlds, drawn from the states."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +42,30 @@ def animate(path: Path, drawing: Drawing, states: Any, params: Any, *, title: st
         frames.append(frame.quantize(32, dither=Image.Dither.NONE))
     duration = round(1000 * stride * seconds)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+
+
+def finite_world(num_states: int, names: tuple[str, ...] = ()) -> Drawing:
+    """All states on a circle, with their names if given; the world's own, and its last move."""
+    angle = 2 * np.pi * np.arange(num_states) / num_states
+    place = np.stack([np.sin(angle), np.cos(angle)], 1)
+
+    def start(axes: Axes, s: Any, params: Any) -> Callable[[int], None]:
+        axes.set(xlim=(-2, 2), ylim=(-1.35, 1.35))
+        axes.plot(*place.T, "o", color="lightgray", markersize=4)
+        for (x, y), name in zip(place, names, strict=False):
+            side = "left" if x > 0.01 else "right" if x < -0.01 else "center"
+            axes.text(1.12 * x, 1.15 * y, name, ha=side, va="center", fontsize="xx-small")
+        (moved,) = axes.plot([], [], color="C0")
+        (here,) = axes.plot([], [], "o", color="C3", markersize=10)
+
+        def move(t: int) -> None:
+            path = place[s.state[max(t - 1, 0) : t + 1]]
+            moved.set_data(*path.T)
+            here.set_data(*path[-1:].T)
+
+        return move
+
+    return Drawing(start, lambda params: 0.25)
 
 
 def _cart_pole(axes: Axes, s: Any, params: Any) -> Callable[[int], None]:

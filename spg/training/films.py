@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from spg.kernels.kernel import Kernel
 from spg.rollout import watch
-from spg.training.drawings import DRAWINGS, animate
+from spg.training.drawings import DRAWINGS, animate, finite_world
 from spg.training.records import write
 from spg.types import Env, policy_view
 
@@ -32,12 +32,12 @@ class Panel(NamedTuple):
 
 
 def save(kernel: Kernel, env: Env, out: Path, *, title: str, key: PRNGKeyArray) -> list[Path]:
-    """Write `rollout.png`, for Brax also `rollout.html`, for Gymnax's physics `rollout.gif`.
+    """Write `rollout.png`; `rollout.html` for Brax, `rollout.gif` for physics and finite worlds.
 
     In the picture time goes to the right, and a vertical line opens an episode. The page loads
     Brax's viewer from the network.
     """
-    from spg.envs import Brax, render  # here: importing gymnax starts JAX's backend
+    from spg.envs import Brax, Tabular, render  # here: importing gymnax starts JAX's backend
 
     clock = env.params.max_steps_in_episode
     num_steps = ENDLESS if clock is None else int(np.clip(clock, LEAST, MOST))
@@ -46,9 +46,13 @@ def save(kernel: Kernel, env: Env, out: Path, *, title: str, key: PRNGKeyArray) 
     panels = [p for p in _panels(own, states, steps) if p.values.size]
     total = f"{num_steps} steps, {steps.reward.sum():.4g} of reward"
     _draw(written[0], panels, steps, title=f"{title}: {total}")
-    if own.name in DRAWINGS:
+    drawing = DRAWINGS.get(own.name)
+    if isinstance(own, Tabular):
+        names = own.problem.states if own.problem is not None else ()
+        drawing = finite_world(len(own.pomdp.start), names if len(names) <= NAMED else ())
+    if drawing is not None:
         written.append(out / "rollout.gif")
-        animate(written[1], DRAWINGS[own.name], states, env.params, title=title)
+        animate(written[1], drawing, states, env.params, title=title)
     if isinstance(own, Brax):
         written.append(out / "rollout.html")
         write(written[1], render(own, states))
