@@ -18,6 +18,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact, PRNGKeyArray, PyTree
 
 from spg.distributions import Delta, Distribution, Normal, std_from_log
+from spg.limits import Range
+
+INSIDE = Range(0, 1, open="both")  # where decays are
 
 
 @runtime_checkable
@@ -162,16 +165,10 @@ def log_rates(
 
     The time constants -1/log λ are log-uniform then. Raises ValueError for decays outside (0, 1).
     """
-    inside(min_decay=min_decay, max_decay=max_decay)
+    INSIDE.check("min_decay", min_decay)
+    INSIDE.check("max_decay", max_decay)
     low, high = jnp.log(-jnp.log(max_decay)), jnp.log(-jnp.log(min_decay))
     return jr.uniform(key, (size,), minval=low, maxval=high)
-
-
-def inside(**numbers: float) -> None:
-    """Raise ValueError unless all numbers are inside (0, 1)."""
-    for name, value in numbers.items():
-        if not 0 < value < 1:
-            raise ValueError(f"{name} is {value}; it has to be inside (0, 1)")
 
 
 class NormalAround(eqx.Module):

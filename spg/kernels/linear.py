@@ -14,7 +14,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray
 
-from spg.kernels.cells import Location, inside, log_rates
+from spg.kernels.cells import INSIDE, Location, log_rates
 from spg.scans import Method, linear_scan
 
 
@@ -111,7 +111,8 @@ class LRU(LinearUnit):
         key: PRNGKeyArray,
     ):
         """λ starts uniform in the ring of these radii, θ up to `max_phase` (theirs for Path-X)."""
-        inside(min_decay=min_decay, max_decay=max_decay)
+        INSIDE.check("min_decay", min_decay)
+        INSIDE.check("max_decay", max_decay)
         size = _half(z_size)
         input_key, decay_key, phase_key = jr.split(key, 3)
         square = jr.uniform(decay_key, (size,), minval=min_decay**2, maxval=max_decay**2)
@@ -199,7 +200,7 @@ class LeakyFilter(LinearUnit):
         key: PRNGKeyArray,
     ):
         """Phases start uniform in the circle, emission logits standard normal, δ at `leak`."""
-        inside(leak=leak)
+        INSIDE.check("leak", leak)
         size = _half(z_size)
         emission_key, phase_key = jr.split(key)
         self.logits = jr.normal(emission_key, (obs_size - num_actions, size))

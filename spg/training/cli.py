@@ -138,7 +138,7 @@ def use_cores(num_seeds: int) -> None:
 def once(
     config_type: type[T], main: Callable[[T], Any], *, seeds: Callable[[T], int] | None = None
 ) -> None:
-    """Parse the command line and call `main`, which cannot be resumed.
+    """Parse the command line and call `main`, of a script that is no training of its own.
 
     With `seeds`, the number of trainings that a configuration shards, see `use_cores`.
 

@@ -19,6 +19,7 @@ from spg.types import Env, policy_view
 
 LEAST, MOST = 60, 300  # steps of a film: those of an episode within these limits
 ENDLESS = 100  # steps of a film where no episode ends
+DRAWN = 1000  # states of a finite world in an animation, at most
 NAMED = 24  # values that a panel writes out, at most
 LINES = 6  # numbers that a panel draws as lines, at most; of more it shows a map
 
@@ -32,10 +33,10 @@ class Panel(NamedTuple):
 
 
 def save(kernel: Kernel, env: Env, out: Path, *, title: str, key: PRNGKeyArray) -> list[Path]:
-    """Write `rollout.png`; `rollout.html` for Brax, `rollout.gif` for physics and finite worlds.
+    """Write `rollout.png`; `rollout.html` for Brax, `rollout.gif` for physics and worlds.
 
     In the picture time goes to the right, and a vertical line opens an episode. The page loads
-    Brax's viewer from the network.
+    Brax's viewer from the network. Worlds are those of at most `DRAWN` states.
     """
     from spg.envs import Brax, Tabular, render  # here: importing gymnax starts JAX's backend
 
@@ -47,7 +48,7 @@ def save(kernel: Kernel, env: Env, out: Path, *, title: str, key: PRNGKeyArray) 
     total = f"{num_steps} steps, {steps.reward.sum():.4g} of reward"
     _draw(written[0], panels, steps, title=f"{title}: {total}")
     drawing = DRAWINGS.get(own.name)
-    if isinstance(own, Tabular):
+    if isinstance(own, Tabular) and len(own.pomdp.start) <= DRAWN:
         names = own.problem.states if own.problem is not None else ()
         drawing = finite_world(len(own.pomdp.start), names if len(names) <= NAMED else ())
     if drawing is not None:
