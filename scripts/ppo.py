@@ -1,4 +1,4 @@
-"""PPO for stateful policies: PPO-RS of Al-Hafez et al. (2024), algorithm 3, and its baselines.
+"""PPO for stateful policies, after PPO-RS of Al-Hafez et al. (2024), algorithm 3; its baselines.
 
 An update is a rollout of every environment, then epochs of minibatches on it.
 
@@ -16,7 +16,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -26,6 +26,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
+from spg.estimators.mixed import Recorded, mixed_surrogate, value_slope
 from spg.estimators.returns import gae
 from spg.estimators.statistics import observe, observe_critic, start_statistics
 from spg.estimators.surrogate import ppo_surrogate
@@ -33,7 +34,7 @@ from spg.kernels.critics import Critic
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import trainable
-from spg.limits import Count, Fraction, Range, Total, check
+from spg.limits import Count, Fraction, Needs, Range, Total, check
 from spg.rollout import reset, rollout
 from spg.scans import divisors, shuffle, split_segments
 from spg.training import cli, loop, options
@@ -61,12 +62,19 @@ class Config(options.EnvConfig, PolicyConfig, options.RunConfig):
     """discount"""
     gae_lambda: Fraction = 0.95
     """λ of generalised advantage estimation"""
+    memory_gradient: Annotated[Literal["mixed", "score"], Needs(memory="s2pg")] = "mixed"
+    """how z' learns (s2pg): by the slope of the critic for the next step and by its score for what
+    follows; or by the score alone, with one ratio of action and z', as in the paper"""
     clip: Annotated[float, Range(0, 10, open="low", usual="0.1 to 0.3 is usual")] = 0.2
     """ε: the ratios of new to old probabilities count within 1 - ε and 1 + ε"""
     entropy_coef: Annotated[float, Range(0, 1000, usual="0 to 0.05 is usual")] = 0.0
     """weight of the entropy of actions in the objective"""
     max_grad_norm: Annotated[float, Range(0, open="low", usual="0.5 to 10 is usual")] = 10.0
     """norm to which longer gradients are cut"""
+
+    @property
+    def mixed(self) -> bool:
+        return self.memory == "s2pg" and self.memory_gradient == "mixed"
 
     @property
     def num_updates(self) -> int:
@@ -125,21 +133,28 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
 
     value = jax.vmap(jax.vmap(critic))(traj.obs, traj.z)
     next_value = jax.vmap(jax.vmap(critic))(traj.final_obs, traj.z_next)
-    advantage = jax.vmap(partial(gae, gamma=config.gamma, gae_lambda=config.gae_lambda))(
-        traj.reward, value, next_value, traj.terminated, traj.truncated
-    )
+    advantages = lambda gae_lambda: jax.vmap(
+        partial(gae, gamma=config.gamma, gae_lambda=gae_lambda)
+    )(traj.reward, value, next_value, traj.terminated, traj.truncated)
+    advantage, delta = advantages(config.gae_lambda), advantages(0.0)
     target = value + advantage
+    scale = advantage.std() + 1e-8
+    parts = delta, advantage - delta
+    delta, rest = ((x - x.mean()) / scale for x in parts)
+    slope = None
+    if config.mixed:
+        slope = jax.vmap(partial(value_slope, critic, gamma=config.gamma))(traj) / scale
     critic = critic.rescale(target)
-    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
     length = config.length(config.num_steps)
     split = jax.vmap(partial(split_segments, segment_length=length))
     num_segments = config.num_envs * config.num_steps // length
-    segments, advantage, targets = jax.tree.map(
-        lambda x: x.reshape(num_segments, *x.shape[2:]), split((traj, advantage, target))
+    segments, targets, delta, rest, slope = jax.tree.map(
+        lambda x: x.reshape(num_segments, *x.shape[2:]), split((traj, target, delta, rest, slope))
     )
-    old = jax.vmap(kernel.log_prob)(segments)
-    batch = (segments, old, advantage, targets)
+    memory = jax.vmap(kernel.memory)(segments) if config.mixed else None
+    old = Recorded(jax.vmap(kernel.log_prob)(segments), memory, delta, rest, slope)
+    batch = (segments, old, targets)
     update = partial(gradient_step, config)
 
     def epoch(state, key):
@@ -169,9 +184,13 @@ def gradient_step(
 
     def loss(params):
         agent = eqx.combine(params, fixed)
-        segments, old, advantage, target = batch
+        segments, old, target = batch
         new = jax.vmap(agent.kernel.log_prob)(segments)
-        surrogate = ppo_surrogate(new, old, advantage, clip=config.clip)
+        if config.mixed:
+            one = partial(mixed_surrogate, agent.kernel, clip=config.clip)
+            surrogate = jax.vmap(one)(segments, new, old)
+        else:
+            surrogate = ppo_surrogate(new, old.log_prob, old.delta + old.rest, clip=config.clip)
         value = jax.vmap(jax.vmap(agent.critic))(segments.obs, segments.z)
         value_loss = 0.5 * jnp.mean(((value - target) / agent.critic.scale) ** 2)
         policy_loss = -jnp.mean(surrogate.objective)

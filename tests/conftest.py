@@ -39,7 +39,7 @@ from spg.kernels.cells import GRU, Computed, Drawn, Empty, NormalAround, Window 
 from spg.kernels.finite import finite_kernel  # noqa: E402
 from spg.kernels.heads import CategoricalHead  # noqa: E402
 from spg.kernels.kernel import Kernel  # noqa: E402
-from spg.kernels.linear import Linear  # noqa: E402
+from spg.kernels.linear import LRU, Linear  # noqa: E402
 from spg.kernels.networks import Normalizer  # noqa: E402
 from spg.types import Transition  # noqa: E402
 from spg.worlds.models import DensePOMDP  # noqa: E402
@@ -102,16 +102,18 @@ def _make_kernel(name, key, obs_size, num_actions, z_size, state_std):
     location = {
         "gru": lambda: GRU(obs_size, z_size, key=cell_key),
         "linear": lambda: Linear(obs_size, z_size, key=cell_key),
+        "lru": lambda: LRU(obs_size, z_size, key=cell_key),
         "associative": lambda: Linear(obs_size, z_size, method="associative", key=cell_key),
         "window": Window,
         "empty": Empty,
     }[name]()
     cell = Computed(location)
     if state_std is not None:
-        cell = Drawn(NormalAround(location, jnp.full(z_size, jnp.log(state_std))))
+        size = z_size // 2 if name == "lru" else z_size
+        cell = Drawn(NormalAround(location, jnp.full(size, jnp.log(state_std))))
     head = CategoricalHead([obs_size + z_size, 4, num_actions], key=head_key)
     head = jitter(head, jitter_key)
-    z0 = 0.3 * jnp.ones(z_size)
+    z0 = 0.3 * (jnp.ones(z_size // 2, complex) if name == "lru" else jnp.ones(z_size))
     return Kernel(cell, head, Normalizer(obs_size), z0)
 
 

@@ -69,7 +69,7 @@ RINGWORLD: dict[str, dict[str, Any]] = {
 }
 
 
-MEMORY: dict[str, Any] = {"observe": "all", "entropy_coef": 0.01}
+MEMORY: dict[str, Any] = {"observe": "all", "entropy_coef": 0.03}
 LONG: dict[str, Any] = MEMORY | {"gamma": 1.0, "total_steps": 5_000_000}
 BRAX: dict[str, Any] = {
     "previous_action": True, "num_steps": 32, "hidden": (64, 64), "learning_rate": 3e-4,

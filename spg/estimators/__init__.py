@@ -14,6 +14,7 @@ from spg.estimators.held import (
     responsibilities,
     window_returns,
 )
+from spg.estimators.mixed import Recorded, mixed_surrogate, value_slope
 from spg.estimators.returns import gae, returns_to_go
 from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
 from spg.estimators.statistics import joint_kl, observe, observe_critic, start_statistics
@@ -22,6 +23,7 @@ from spg.estimators.surrogate import Divergence, Surrogate, divergence, ppo_surr
 __all__ = [
     "Constants",
     "Divergence",
+    "Recorded",
     "Surrogate",
     "bptt_variance_bound",
     "direct_estimate",
@@ -35,6 +37,7 @@ __all__ = [
     "hold",
     "istate",
     "joint_kl",
+    "mixed_surrogate",
     "observe",
     "observe_critic",
     "ppo_surrogate",
@@ -44,5 +47,6 @@ __all__ = [
     "s2pg_variance_bound",
     "score_estimate",
     "start_statistics",
+    "value_slope",
     "window_returns",
 ]

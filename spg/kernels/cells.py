@@ -85,7 +85,7 @@ class GRU(Location):
         z_size: int,
         *,
         min_decay: float = 0.4,
-        max_decay: float = 0.99,
+        max_decay: float = 0.999,
         key: PRNGKeyArray,
     ):
         """k starts log-uniform in its time constant -1/log k between the two given decays."""

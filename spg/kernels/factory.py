@@ -46,7 +46,7 @@ class PolicyConfig:
     action"""
     num_layers: Annotated[Count, Needs(memory=DRAWN)] = 1
     """of linear, lru or gated units, one above the other, or of lru above leaky (s2pg, bptt)"""
-    z_size: Annotated[Size, Needs(memory=(*DRAWN, "kstep"))] = 16
+    z_size: Annotated[Size, Needs(memory=(*DRAWN, "kstep"))] = 32
     """size of the internal state, of all layers together (s2pg, bptt), where a complex number takes
     two; or the number of seeds (kstep)"""
     k: Annotated[Count, Needs(memory="kstep")] = 8

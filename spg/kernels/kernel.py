@@ -9,6 +9,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
+from spg.distributions import Distribution
 from spg.kernels.cells import Cell
 from spg.kernels.heads import Head
 from spg.kernels.networks import FIXED, Flat, Identity, Normalizer
@@ -65,7 +66,7 @@ class Kernel(eqx.Module):
         z' is as recorded where the cell draws z'; where the cell computes z', it is computed again
         from the segment's first z. Gradients follow the same paths.
         """
-        obs = jax.vmap(self.normalizer)(policy_view(segment.obs))
+        obs = self._seen(segment)
         log_prob_z, z_next = self.cell.log_prob(
             obs, segment.z, segment.z_next, segment.first, lax.stop_gradient(self.z0)
         )
@@ -73,3 +74,15 @@ class Kernel(eqx.Module):
         log_prob_action = jax.vmap(lambda actions, a: actions.log_prob(a))(actions, segment.action)
         entropy = jax.vmap(lambda actions: actions.entropy())(actions)
         return LogProb(log_prob_z, log_prob_action, entropy)
+
+    def memory(self, segment: Transition) -> Distribution:
+        """ω( . | o, z) of each recorded step, time first."""
+        return jax.vmap(self.cell)(self._seen(segment), segment.z)
+
+    def log_prob_action(self, segment: Transition, z_next: PyTree) -> Float[Array, " T"]:
+        """log μ(a | o, z') of each recorded action, had z' been `z_next` (time first)."""
+        one = lambda obs, z_next, action: self.head(obs, z_next).log_prob(action)
+        return jax.vmap(one)(self._seen(segment), z_next, segment.action)
+
+    def _seen(self, segment: Transition) -> Array:
+        return jax.vmap(self.normalizer)(policy_view(segment.obs))

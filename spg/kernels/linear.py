@@ -63,7 +63,7 @@ class Linear(LinearUnit):
         z_size: int,
         *,
         min_decay: float = 0.4,
-        max_decay: float = 0.99,
+        max_decay: float = 0.999,
         method: Method = "auto",
         key: PRNGKeyArray,
     ):
