@@ -86,14 +86,6 @@ class Normal(eqx.Module):
         """Where the draw `x` of `old` would lie here, for the same noise."""
         return self.loc + self.std * ((x - old.loc) / old.std)
 
-    @property
-    def real(self) -> "Normal":
-        """The same distribution of real parts, then imaginary parts."""
-        if self._parts == 1:
-            return self
-        parts = lambda x: jnp.concatenate([x.real, x.imag])
-        return Normal(parts(self.loc), jnp.tile(self.std, 2))
-
     def entropy(self) -> Float[Array, ""]:
         return self._parts * jnp.sum(jnp.log(self.std) + 0.5 * (_LOG_2PI + 1))
 

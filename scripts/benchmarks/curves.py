@@ -42,6 +42,7 @@ class Config:
 
 METHODS: dict[str, dict[str, Any]] = {
     "S2PG": {"memory": "s2pg"},
+    "S2PG score": {"memory": "s2pg", "memory_gradient": "score"},
     "BPTT": {"memory": "bptt"},
     "S2PG GRU": {"memory": "s2pg", "cell": "gru"},
     "BPTT GRU": {"memory": "bptt", "cell": "gru"},
@@ -65,12 +66,12 @@ RINGWORLD: dict[str, dict[str, Any]] = {
     "LRU-12": {"memory": "bptt", "cell": "lru", "z_size": 24},
     "LRU-64": {"memory": "bptt", "cell": "lru", "z_size": 128},
     **{name: UNITS[name] for name in ("linear-64", "gated-64", "GRU-64")},
-    **{name: METHODS[name] for name in ("S2PG", "S2PG GRU", "none")},
+    **{name: METHODS[name] for name in METHODS if name not in ("window-5", "oracle")},
 }
 
 
 MEMORY: dict[str, Any] = {"observe": "all", "entropy_coef": 0.03}
-LONG: dict[str, Any] = MEMORY | {"gamma": 1.0, "total_steps": 5_000_000}
+LONG: dict[str, Any] = MEMORY | {"gamma": 1.0, "total_steps": 3_000_000}
 BRAX: dict[str, Any] = {
     "previous_action": True, "num_steps": 32, "hidden": (64, 64), "learning_rate": 3e-4,
     "checkpoints": 10, "eval_episodes": 8,
@@ -82,7 +83,9 @@ TASKS: dict[str, dict[str, Any]] = {
     "memorychain": MEMORY | {"env": "MemoryChain-bsuite", "total_steps": 500_000},
     "tmaze10": MEMORY | {"env": "TMaze-memory", "env_params": {"length": 10.0}},
     "tmaze50": LONG | {"env": "TMaze-memory", "env_params": {"length": 50.0}},
-    "tmaze200": LONG | {"env": "TMaze-memory", "env_params": {"length": 200.0}},
+    "tmaze200": LONG | {
+        "env": "TMaze-memory", "env_params": {"length": 200.0}, "total_steps": 5_000_000,
+    },
     "recall10": MEMORY | {"env": "RepeatFirst-memory", "env_params": {"delay": 10.0}},
     "recall50": LONG | {"env": "RepeatFirst-memory", "env_params": {"delay": 50.0}},
     "cards": MEMORY | {"env": "RecallCards-memory", "total_steps": 3_000_000},

@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.stats import norm
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Inexact, PyTree
 
 from spg.distributions import Distribution, Normal
-from spg.estimators.surrogate import Surrogate, divergence, pessimistic
+from spg.estimators.surrogate import Surrogate, pessimistic, ppo_surrogate
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Flat
 from spg.types import LogProb, Scalar, Transition
@@ -25,16 +24,19 @@ class Recorded(NamedTuple):
     memory: Distribution | None  # [T, n] ω( . | o, z)
     delta: Float[Array, "*T"]  # δ_t of `mixed_surrogate`
     rest: Float[Array, "*T"]  # A_t - δ_t
-    slope: Float[Array, "*T m"] | None  # γ ∂V(o', z')/∂z', as `value_slope` has it
+    slope: Inexact[Array, "*T n"] | None  # γ ∂V(o', z')/∂z', as `value_slope` has it
 
 
 def value_slope(
     critic: Callable[[PyTree, PyTree], Float[Array, ""]], steps: Transition, *, gamma: Scalar
-) -> Float[Array, "T m"]:
-    """γ ∂V(o'_t, z'_t)/∂z', or 0 where the episode terminated; real parts, then imaginary parts."""
-    slope = jax.grad(lambda z, obs: critic(obs, z))
-    value = jax.vmap(lambda z, obs: Flat()(jnp.conj(slope(z, obs))))(steps.z_next, steps.final_obs)
-    return gamma * ~steps.terminated[:, None] * value
+) -> Inexact[Array, "T n"]:
+    """γ ∂V(o'_t, z'_t)/∂z', 0 where the episode terminated.
+
+    For a complex z' = x + iy it is γ (∂V/∂x + i ∂V/∂y).
+    """
+    one = jax.grad(lambda z, obs: critic(obs, z))
+    slope = jnp.conj(jax.vmap(one)(steps.z_next, steps.final_obs))
+    return gamma * ~steps.terminated[:, None] * slope
 
 
 def mixed_surrogate(
@@ -54,8 +56,9 @@ def mixed_surrogate(
     with V held. Its expectation is that of `ppo_surrogate`, whatever V is: for given (o_t, z_t) the
     score and the path of z' agree in the mean, and r_t and V(o_t, z_t) do not depend on z'.
 
-    Later minibatches: each factor of π, the action and every entry of z', has a clipped ratio of
-    its own (Han & Sung, 2019, for actions), and an entry of z'(ε) counts within ± clip · old std.
+    Later minibatches: the ratio of μ for δ_t and the joint ratio for the rest are clipped as in
+    `ppo_surrogate`, and V is a straight line along which an entry of z' moves by at most `clip`
+    of its old standard deviation.
 
     Raises TypeError unless ω is `Normal`.
     """
@@ -63,16 +66,11 @@ def mixed_surrogate(
     if not isinstance(memory, Normal) or not isinstance(old.memory, Normal) or old.slope is None:
         raise TypeError(f"only a Normal z' can follow V; the cell draws {type(memory).__name__}")
     z = jax.vmap(Normal.follow)(memory, steps.z_next, old.memory)
-    moved = jax.vmap(lambda a, b: Flat()(a - b))(z, steps.z_next)
-    real, real_old = (jax.vmap(lambda m: m.real)(m) for m in (memory, old.memory))
-    bound = clip * real_old.std
-    path = jnp.minimum(old.slope * moved, old.slope * jnp.clip(moved, -bound, bound)).sum(-1)
+    flat, std = jax.vmap(Flat()), old.memory.std
+    moved, slope = flat((z - steps.z_next) / std), flat(old.slope * std)
+    path = jnp.minimum(slope * moved, slope * jnp.clip(moved, -clip, clip)).sum(-1)
     at_once = kernel.log_prob_action(steps, z) - old.log_prob.action
-
-    recorded = jax.vmap(Flat())(steps.z_next)
-    log_density = lambda m: norm.logpdf(recorded, m.loc, m.std)
-    entries = log_density(real) - log_density(real_old)
-    factors = jnp.concatenate([(new.action - old.log_prob.action)[:, None], entries], 1)
-    score, clipped = pessimistic(factors, old.rest[:, None], clip=clip)
-    objective = pessimistic(at_once, old.delta, clip=clip)[0] + path + score.sum(-1)
-    return Surrogate(objective, clipped.mean(-1), *divergence(new, old.log_prob))
+    score = ppo_surrogate(new, old.log_prob, old.rest, clip=clip)
+    return score._replace(
+        objective=score.objective + pessimistic(at_once, old.delta, clip=clip) + path
+    )

@@ -22,7 +22,7 @@ class Surrogate(NamedTuple):
     """The objective of each step, to be maximised, and what to watch while doing so."""
 
     objective: Float[Array, "*T"]
-    clipped: Float[Array, "*T"]  # 1 where the clip binds or would; of several ratios their mean
+    clipped: Float[Array, "*T"]  # 1 where the clip binds or would
     kl: Float[Array, "*T"]  # as in `Divergence`
     kl_action: Float[Array, "*T"]
     kl_z: Float[Array, "*T"]
@@ -43,16 +43,16 @@ def ppo_surrogate(
     and the norm of the gradient is what an optimiser clips.
     """
     log_ratio = (new.z - old.z) + (new.action - old.action)
-    return Surrogate(*pessimistic(log_ratio, advantage, clip=clip), *divergence(new, old))
+    clipped = (jnp.abs(_exp(log_ratio) - 1) > clip).astype(log_ratio.dtype)
+    return Surrogate(pessimistic(log_ratio, advantage, clip=clip), clipped, *divergence(new, old))
 
 
 def pessimistic(
-    log_ratio: Float[Array, "*S"], advantage: Float[Array, "*R"], *, clip: Scalar
-) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
-    """min(ρ A, clip(ρ, 1 - ε, 1 + ε) A), and 1 where ρ is outside the clip."""
+    log_ratio: Float[Array, "*T"], advantage: Float[Array, "*T"], *, clip: Scalar
+) -> Float[Array, "*T"]:
+    """min(ρ A, clip(ρ, 1 - ε, 1 + ε) A) with ρ bounded as in `ppo_surrogate`."""
     ratio = _exp(log_ratio)
-    objective = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
-    return objective, (jnp.abs(ratio - 1) > clip).astype(ratio.dtype)
+    return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
 
 
 def divergence(new: LogProb, old: LogProb) -> Divergence:
