@@ -12,6 +12,7 @@ from conftest import make_kernel, make_trajectory
 
 from scripts import ppo, reinforce
 from spg.estimators import statistics
+from spg.estimators.mixed import Recorded, value_slope
 from spg.estimators.statistics import joint_kl, start_statistics
 from spg.kernels.critics import Critic
 from spg.rollout import rollout
@@ -160,7 +161,9 @@ def test_a_gradient_step_of_ppo_survives_any_ratio():
         old = jax.vmap(kernel.log_prob)(segments)
         old = old._replace(action=old.action - shift)
         advantage = jr.normal(key, segments.reward.shape)
-        batch = segments, old, advantage, advantage
+        slope = jax.vmap(lambda steps: value_slope(critic, steps, gamma=config.gamma))(segments)
+        memory = jax.vmap(kernel.memory)(segments)
+        batch = segments, Recorded(old, memory, advantage, advantage, slope), advantage
         before = ppo.Agent(kernel, critic)
         (after, _), metrics = ppo.gradient_step(config, (before, opt_state), batch)
         return before, after, metrics

@@ -15,7 +15,7 @@ ROOMS: dict[str, set[str]] = {
     "filters": {"worlds", "scans"},
     "envs": {"worlds"},
     "kernels": {"filters", "distributions", "scans", "worlds"},  # worlds: models to filter
-    "estimators": {"kernels", "scans"},
+    "estimators": {"kernels", "scans", "distributions"},
     "rollout": {"kernels"},
     "exact": {"kernels", "worlds", "scans", "distributions"},
     "training": {"exact", "estimators", "rollout", "envs", "worlds", "kernels"},

@@ -44,9 +44,9 @@ class Row(NamedTuple):
     noise_free: float  # of the noise-free policy at the end
 
 
-def on(name: str, arms: dict[str, Callable[..., Any]]) -> list[Training]:
+def on(name: str, arms: dict[str, Callable[..., Any]], **changes: Any) -> list[Training]:
     """S2PG on one task, once with each of the policies."""
-    config = replace(task(name)[0], memory="s2pg", total_steps=STEPS[name])  # type: ignore[arg-type]
+    config = replace(task(name)[0], memory="s2pg", total_steps=STEPS[name], **changes)  # type: ignore[arg-type]
     return [Training(TITLES[name], arm, config, policy) for arm, policy in arms.items()]
 
 
@@ -58,12 +58,14 @@ def _only_memory() -> list[Training]:
 
 def _start() -> list[Training]:
     arms = {"z0 zero": make_kernel, "z0 learned": kernels.learned_start}
-    return on("memorychain", arms) + on("tmaze10", arms)
+    score = {"memory_gradient": "score"}  # which alone reaches z0
+    return on("memorychain", arms, **score) + on("tmaze10", arms, **score)
 
 
 def _laws() -> list[Training]:
     arms = {name: partial(kernels.with_law, name) for name in kernels.LAWS}
-    return on("memorychain", arms) + on("recall10", arms)
+    score = {"memory_gradient": "score"}  # which every distribution has
+    return on("memorychain", arms, **score) + on("recall10", arms, **score)
 
 
 def _length() -> list[Training]:

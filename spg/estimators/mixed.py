@@ -53,8 +53,9 @@ def mixed_surrogate(
 
         δ_t ∇log μ(a_t | o_t, z'(ε)) + γ ∇V(o'_t, z'(ε)) + (A_t - δ_t) ∇log π(a_t, z'_t | o_t, z_t)
 
-    with V held. Its expectation is that of `ppo_surrogate`, whatever V is: for given (o_t, z_t) the
-    score and the path of z' agree in the mean, and r_t and V(o_t, z_t) do not depend on z'.
+    with V held: the value gradient of Heess et al. (2015), made unbiased as in Gu et al. (2017).
+    Its expectation is that of `ppo_surrogate`, whatever V is: for given (o_t, z_t) the score and
+    the path of z' agree in the mean, and r_t and V(o_t, z_t) do not depend on z'.
 
     Later minibatches: the ratio of μ for δ_t and the joint ratio for the rest are clipped as in
     `ppo_surrogate`, and V is a straight line along which an entry of z' moves by at most `clip`
