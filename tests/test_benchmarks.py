@@ -17,7 +17,7 @@ TINY = memory.Config(
     cells=("linear",), windows=(), lengths=(), repeats=2, z_size=4, hidden=(8,), num_envs=2,
     num_steps=4, num_epochs=1, num_minibatches=2,
 )  # fmt: skip
-NAMES = ["none", "none-wide", "none-deep", "S2PG", "BPTT-T", "BPTT-T associative"]
+NAMES = ["none", "none-wide", "none-deep", "S2PG", "S2PG score", "BPTT-T", "BPTT-T associative"]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -113,6 +113,7 @@ def methods(config: Config) -> list[Method]:
         found += [Method("none-wide", cell, match(wide, count))]
         found += [Method("none-deep", cell, match(deep, count))]
         found += [Method("S2PG", cell, s2pg)]
+        found += [Method("S2PG score", cell, replace(s2pg, memory_gradient="score"))]
         for length in (*config.lengths, 0):
             bptt = small(memory="bptt", cell=cell, segment_length=length)
             name = f"BPTT-{length or 'T'}"
