@@ -10,6 +10,8 @@ with z' computed (BPTT), or drawn with standard deviation σ (S2PG). Observation
 has a closed form. An estimate is of one whole episode, by one of
 
     BPTT, S2PG       J(τ) Σ_t ∇ log π               as in the theorems
+    S2PG, baseline   Σ_t γ^t (G_t - V_t) ∇ log π    G_t the return from t on, V exact
+    S2PG, mixed      the same with δ_t by path      `mixed_surrogate`, V exact and λ = 1
     S2PG, exact A    Σ_t γ^t (Q_t - V_t) ∇ log π    theorem 2.2, with a baseline
     S2PG, path       Σ_t γ^t ∇ Q_t(a, z')           a and z' reparameterised, given o_t and z_t
 """
@@ -30,6 +32,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from spg.distributions import Normal
 from spg.estimators.bounds import Constants, bptt_variance_bound, s2pg_variance_bound
+from spg.estimators.mixed import Recorded, mixed_surrogate
+from spg.estimators.returns import returns_to_go
 from spg.estimators.score import score_estimate
 from spg.kernels.cells import Computed, Drawn, Location, NormalAround
 from spg.kernels.kernel import Kernel
@@ -37,7 +41,10 @@ from spg.kernels.networks import Identity
 from spg.types import Scalar, Transition
 
 GAIN, ACTION_STD, THETA = 1.0, 0.5, (1.0, 0.0, 0.0)  # K, σ_a, θ
-METHODS = {"BPTT": "C1", "S2PG": "C0", "S2PG, exact A": "C2", "S2PG, path": "C3"}
+METHODS = {
+    "BPTT": "C1", "S2PG": "C0", "S2PG, baseline": "C4", "S2PG, mixed": "C5",
+    "S2PG, exact A": "C2", "S2PG, path": "C3",
+}  # fmt: skip
 LENGTHS, STDS = (2, 4, 8, 16, 32, 64), (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 LENGTH, STD = 16, 0.5  # of the sweep over the other
 
@@ -132,15 +139,28 @@ def estimate(
         draw = jax.vmap(lambda obs, z, key: kernel.sample_and_log_prob(obs, z, key=key)[:2])
         return discount @ jax.vmap(q_value)(t, *draw(obs, z, keys))
 
-    if method == "S2PG, path":
-        g = eqx.filter_grad(by_path)(kernel)
+    first, last = (jnp.zeros(num_steps, bool).at[t].set(True) for t in (0, -1))
+    traj = Transition(obs, z, action, z_next, reward, first, last, jnp.zeros_like(last), obs)
+    baseline = jax.vmap(exact)(z[:, 0], num_steps - t)
+    to_go = returns_to_go(reward, jnp.zeros(num_steps), last, traj.truncated, gamma=gamma)
+    advantage = jax.vmap(q_value)(t, action, z_next) - baseline
+
+    def mixed(kernel):
+        ahead = lambda z, t: gamma * exact(z[0], num_steps - 1 - t)
+        slope = discount[:, None] * jax.vmap(jax.grad(ahead))(z_next, t)
+        parts = discount * advantage, discount * (to_go - baseline - advantage)
+        old = jax.tree.map(
+            lax.stop_gradient, Recorded(kernel.log_prob(traj), kernel.memory(traj), *parts, slope)
+        )
+        return mixed_surrogate(kernel, traj, kernel.log_prob(traj), old, clip=0.2).objective.sum()
+
+    if method in ("S2PG, path", "S2PG, mixed"):
+        g = eqx.filter_grad(mixed if method == "S2PG, mixed" else by_path)(kernel)
     else:
-        first, last = (jnp.zeros(num_steps, bool).at[t].set(True) for t in (0, -1))
-        traj = Transition(obs, z, action, z_next, reward, first, last, jnp.zeros_like(last), obs)
-        weight = jnp.full(num_steps, reward @ discount)
-        if method == "S2PG, exact A":
-            baseline = jax.vmap(exact)(z[:, 0], num_steps - t)
-            weight = discount * (jax.vmap(q_value)(t, action, z_next) - baseline)
+        weight = {
+            "S2PG, exact A": discount * advantage,
+            "S2PG, baseline": discount * (to_go - baseline),
+        }.get(method, jnp.full(num_steps, reward @ discount))
         segment_length = num_steps if method == "BPTT" else 1
         g = score_estimate(kernel, traj, weight, segment_length=segment_length)
     parts: Any = g
