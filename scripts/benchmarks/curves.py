@@ -71,7 +71,8 @@ RINGWORLD: dict[str, dict[str, Any]] = {
 
 
 MEMORY: dict[str, Any] = {"observe": "all", "entropy_coef": 0.03}
-LONG: dict[str, Any] = MEMORY | {"gamma": 1.0, "total_steps": 3_000_000}
+LONG: dict[str, Any] = {"gamma": 1.0, "total_steps": 3_000_000}
+TMAZE: dict[str, Any] = MEMORY | {"env": "TMaze-memory", "entropy_coef": 0.1}
 BRAX: dict[str, Any] = {
     "previous_action": True, "num_steps": 32, "hidden": (64, 64), "learning_rate": 3e-4,
     "checkpoints": 10, "eval_episodes": 8,
@@ -81,13 +82,11 @@ TASKS: dict[str, dict[str, Any]] = {
     "acrobot": {"env": "Acrobot-v1"},
     "pendulum": {"env": "Pendulum-v1", "gamma": 0.95, "total_steps": 3_000_000},
     "memorychain": MEMORY | {"env": "MemoryChain-bsuite", "total_steps": 500_000},
-    "tmaze10": MEMORY | {"env": "TMaze-memory", "env_params": {"length": 10.0}},
-    "tmaze50": LONG | {"env": "TMaze-memory", "env_params": {"length": 50.0}},
-    "tmaze200": LONG | {
-        "env": "TMaze-memory", "env_params": {"length": 200.0}, "total_steps": 5_000_000,
-    },
+    "tmaze10": TMAZE | {"env_params": {"length": 10.0}},
+    "tmaze50": TMAZE | LONG | {"env_params": {"length": 50.0}},
+    "tmaze200": TMAZE | LONG | {"env_params": {"length": 200.0}, "total_steps": 5_000_000},
     "recall10": MEMORY | {"env": "RepeatFirst-memory", "env_params": {"delay": 10.0}},
-    "recall50": LONG | {"env": "RepeatFirst-memory", "env_params": {"delay": 50.0}},
+    "recall50": MEMORY | LONG | {"env": "RepeatFirst-memory", "env_params": {"delay": 50.0}},
     "cards": MEMORY | {"env": "RecallCards-memory", "total_steps": 3_000_000},
     "ringworld": {
         "env": "ringworld-pomdp", "observe": "all", "previous_action": True,
