@@ -72,7 +72,7 @@ RINGWORLD: dict[str, dict[str, Any]] = {
 
 MEMORY: dict[str, Any] = {"observe": "all", "entropy_coef": 0.03}
 LONG: dict[str, Any] = {"gamma": 1.0, "total_steps": 3_000_000}
-TMAZE: dict[str, Any] = MEMORY | {"env": "TMaze-memory", "entropy_coef": 0.1}
+TMAZE: dict[str, Any] = MEMORY | {"env": "TMaze-memory"}
 BRAX: dict[str, Any] = {
     "previous_action": True, "num_steps": 32, "hidden": (64, 64), "learning_rate": 3e-4,
     "checkpoints": 10, "eval_episodes": 8,

@@ -70,7 +70,7 @@ class Linear(LinearUnit):
         """λ starts log-uniform in its time constant -1/log λ between the two given decays."""
         input_key, decay_key = jr.split(key)
         self.nu = log_rates(z_size, min_decay, max_decay, key=decay_key)
-        self.inputs = eqx.nn.Linear(obs_size, z_size, key=input_key)
+        self.inputs = _inputs(obs_size, z_size, key=input_key)
         self.method = method
 
     @property
@@ -119,7 +119,7 @@ class LRU(LinearUnit):
         self.nu = jnp.log(-0.5 * jnp.log(square))
         self.theta = jr.uniform(phase_key, (size,), maxval=max_phase)
         self.gamma = 0.5 * jnp.log1p(-square)
-        self.inputs = eqx.nn.Linear(obs_size, z_size, key=input_key)
+        self.inputs = _inputs(obs_size, z_size, key=input_key)
         self.method = method
 
     @property
@@ -158,7 +158,7 @@ class Gated(LinearUnit):
         input_key, decay_key = jr.split(key)
         rates = jnp.exp(log_rates(z_size, min_decay, max_decay, key=decay_key)) / 4
         self.rate = jnp.log(jnp.expm1(rates))
-        self.inputs = eqx.nn.Linear(obs_size, 3 * z_size, key=input_key)
+        self.inputs = _inputs(obs_size, 3 * z_size, key=input_key)
         self.method = method
 
     @property
@@ -220,6 +220,16 @@ class LeakyFilter(LinearUnit):
         evidence = seen @ jax.nn.log_softmax(self.logits, axis=0)
         real, imaginary = (leak * evidence @ part.T for part in self.basis)
         return _polar(1 - leak, action @ self.phases), lax.complex(real, imaginary)
+
+
+def _inputs(obs_size: int, size: int, *, key: PRNGKeyArray) -> eqx.nn.Linear:
+    """B o + c with c = 0 at the start.
+
+    A constant input drives a unit to √((1 + λ)/(1 - λ)) c, for slow units far beyond what any one
+    input leaves there.
+    """
+    linear = eqx.nn.Linear(obs_size, size, key=key)
+    return eqx.tree_at(lambda linear: linear.bias, linear, jnp.zeros(size))
 
 
 def _half(z_size: int) -> int:
