@@ -115,6 +115,12 @@ def test_gated_unit_is_that_of_griffin():
 
 
 @pytest.mark.parametrize("name", ["linear", "lru", "gated"])
+def test_nothing_is_written_at_the_start_where_there_is_no_input(name):
+    _, u = MAKE[name](OBS, Z, key=jr.key(0)).affine(jnp.zeros(OBS))
+    assert not np.any(u)
+
+
+@pytest.mark.parametrize("name", ["linear", "lru", "gated"])
 def test_units_are_stable_whatever_their_parameters(name):
     unit = jitter(make(name), jr.key(0), scale=5.0)
     decay, u = jax.vmap(unit.affine)(data()[0])
