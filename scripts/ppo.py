@@ -26,7 +26,8 @@ import optax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
-from spg.estimators.mixed import Recorded, mixed_surrogate, value_slope
+from spg.distributions import Normal
+from spg.estimators.mixed import MixedTerms, mixed_surrogate, value_slope
 from spg.estimators.returns import gae
 from spg.estimators.statistics import observe, observe_critic, start_statistics
 from spg.estimators.surrogate import ppo_surrogate
@@ -39,7 +40,7 @@ from spg.rollout import reset, rollout
 from spg.scans import divisors, shuffle, split_segments
 from spg.training import cli, loop, options
 from spg.training.loop import Report, State
-from spg.types import Env, critic_view, policy_view
+from spg.types import Env, Transition, critic_view, policy_view
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Config(options.EnvConfig, PolicyConfig, options.RunConfig):
     gae_lambda: Fraction = 0.95
     """λ of generalised advantage estimation"""
     memory_gradient: Annotated[Literal["mixed", "score"], Needs(memory="s2pg")] = "mixed"
-    """how z' learns (s2pg): by the slope of the critic for the next step and by its score for what
-    follows; or by the score alone, with one ratio of action and z', as in the paper"""
+    """how z' learns (s2pg): mixed differentiates action and critic through z' for one step, and
+    takes the score for later reward; score takes it for all, which is PPO-RS of the paper"""
     clip: Annotated[float, Range(0, 10, open="low", usual="0.1 to 0.3 is usual")] = 0.2
     """ε: the ratios of new to old probabilities count within 1 - ε and 1 + ε"""
     entropy_coef: Annotated[float, Range(0, 1000, usual="0 to 0.05 is usual")] = 0.0
@@ -131,30 +132,10 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     rollout_keys = jr.split(rollout_key, config.num_envs)
     carry, traj, episodes = jax.vmap(lambda c, k: run(c, key=k))(state.world, rollout_keys)
 
-    value = jax.vmap(jax.vmap(critic))(traj.obs, traj.z)
-    next_value = jax.vmap(jax.vmap(critic))(traj.final_obs, traj.z_next)
-    advantages = lambda gae_lambda: jax.vmap(
-        partial(gae, gamma=config.gamma, gae_lambda=gae_lambda)
-    )(traj.reward, value, next_value, traj.terminated, traj.truncated)
-    advantage, delta = advantages(config.gae_lambda), advantages(0.0)
-    target = value + advantage
-    scale = advantage.std() + 1e-8
-    parts = delta, advantage - delta
-    delta, rest = ((x - x.mean()) / scale for x in parts)
-    slope = None
-    if config.mixed:
-        slope = jax.vmap(partial(value_slope, critic, gamma=config.gamma))(traj) / scale
-    critic = critic.rescale(target)
-
-    length = config.length(config.num_steps)
-    split = jax.vmap(partial(split_segments, segment_length=length))
-    num_segments = config.num_envs * config.num_steps // length
-    segments, targets, delta, rest, slope = jax.tree.map(
-        lambda x: x.reshape(num_segments, *x.shape[2:]), split((traj, target, delta, rest, slope))
-    )
-    memory = jax.vmap(kernel.memory)(segments) if config.mixed else None
-    old = Recorded(jax.vmap(kernel.log_prob)(segments), memory, delta, rest, slope)
-    batch = (segments, old, targets)
+    batch, explained = weigh(config, kernel, critic, traj)
+    segments, _, _, targets = batch
+    num_segments = len(targets)
+    critic = critic.rescale(targets)
     update = partial(gradient_step, config)
 
     def epoch(state, key):
@@ -163,7 +144,6 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
 
     epoch_keys = jr.split(epoch_key, config.num_epochs)
     (agent, opt_state), metrics = lax.scan(epoch, (Agent(kernel, critic), opt_state), epoch_keys)
-    explained = 1 - jnp.var(target - value) / (jnp.var(target) + 1e-8)
     report = Report(
         score=episodes.return_sum.sum() / episodes.count.sum(),
         weight=episodes.count.sum(),
@@ -175,6 +155,41 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     return State(Learned(kernel, critic, opt_state), carry, key), report
 
 
+def weigh(
+    config: Config, kernel: Kernel, critic: Critic, traj: Transition
+) -> tuple[tuple[Transition, Any, Array, Array], Array]:
+    """(segments, what drew them, advantages, targets), and the explained variance of targets."""
+    ends = traj.terminated, traj.truncated
+    value = jax.vmap(jax.vmap(critic))(traj.obs, traj.z)
+    next_value = jax.vmap(jax.vmap(critic))(traj.final_obs, traj.z_next)
+
+    def advantages(gae_lambda):
+        one = partial(gae, gamma=config.gamma, gae_lambda=gae_lambda)
+        return jax.vmap(one)(traj.reward, value, next_value, *ends)
+
+    advantage = advantages(config.gae_lambda)
+    target, scale = value + advantage, advantage.std() + 1e-8
+    normal = lambda x: (x - x.mean()) / scale
+    explained = 1 - jnp.var(target - value) / (jnp.var(target) + 1e-8)
+    parts: Any = None
+    if config.mixed:
+        delta = advantages(0.0)
+        slope = jax.vmap(partial(value_slope, critic, gamma=config.gamma))(traj) / scale
+        parts = normal(delta), normal(advantage - delta), slope
+
+    length = config.length(config.num_steps)
+    split = jax.vmap(partial(split_segments, segment_length=length))
+    num_segments = config.num_envs * config.num_steps // length
+    segments, advantage, target, parts = jax.tree.map(
+        lambda x: x.reshape(num_segments, *x.shape[2:]),
+        split((traj, normal(advantage), target, parts)),
+    )
+    old: Any = jax.vmap(kernel.log_prob)(segments)
+    if config.mixed:
+        old = MixedTerms(old, jax.vmap(kernel.state_distribution)(segments), *parts)
+    return (segments, old, advantage, target), explained
+
+
 def gradient_step(
     config: Config, state: tuple[Agent, optax.OptState], batch: Any
 ) -> tuple[tuple[Agent, optax.OptState], dict[str, Array]]:
@@ -184,13 +199,13 @@ def gradient_step(
 
     def loss(params):
         agent = eqx.combine(params, fixed)
-        segments, old, target = batch
+        segments, old, advantage, target = batch
         new = jax.vmap(agent.kernel.log_prob)(segments)
         if config.mixed:
             one = partial(mixed_surrogate, agent.kernel, clip=config.clip)
             surrogate = jax.vmap(one)(segments, new, old)
         else:
-            surrogate = ppo_surrogate(new, old.log_prob, old.delta + old.rest, clip=config.clip)
+            surrogate = ppo_surrogate(new, old, advantage, clip=config.clip)
         value = jax.vmap(jax.vmap(agent.critic))(segments.obs, segments.z)
         value_loss = 0.5 * jnp.mean(((value - target) / agent.critic.scale) ** 2)
         policy_loss = -jnp.mean(surrogate.objective)
@@ -218,6 +233,14 @@ def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop
     each = f"{config.num_envs} x {config.num_steps} steps"
     options.check_updates(config, config.num_updates, each)
     env = options.make_env(config, oracle=config.memory == "oracle")
+    if config.mixed:
+        draw = lambda kernel: kernel.cell(jnp.zeros(env.spec.obs_size), kernel.z0)
+        shown = eqx.filter_eval_shape(lambda k: draw(policy(config, env.spec, key=k)), jr.key(0))
+        if not isinstance(shown, Normal):
+            raise ValueError(
+                "memory_gradient 'mixed' differentiates through z', and this policy's is "
+                f"{type(shown).__name__}, not Normal; 'score' takes every distribution"
+            )
     steps = config.num_envs * config.num_steps
     return cli.in_episodes(
         config, env, "PPO", name="ppo", init=partial(init, policy=policy), step=step,

@@ -12,7 +12,7 @@ from conftest import make_kernel, make_trajectory
 
 from scripts import ppo, reinforce
 from spg.estimators import statistics
-from spg.estimators.mixed import Recorded, value_slope
+from spg.estimators.mixed import MixedTerms, value_slope
 from spg.estimators.statistics import joint_kl, start_statistics
 from spg.kernels.critics import Critic
 from spg.rollout import rollout
@@ -162,8 +162,9 @@ def test_a_gradient_step_of_ppo_survives_any_ratio():
         old = old._replace(action=old.action - shift)
         advantage = jr.normal(key, segments.reward.shape)
         slope = jax.vmap(lambda steps: value_slope(critic, steps, gamma=config.gamma))(segments)
-        memory = jax.vmap(kernel.memory)(segments)
-        batch = segments, Recorded(old, memory, advantage, advantage, slope), advantage
+        memory = jax.vmap(kernel.state_distribution)(segments)
+        old = MixedTerms(old, memory, advantage, advantage, slope)
+        batch = segments, old, advantage, advantage
         before = ppo.Agent(kernel, critic)
         (after, _), metrics = ppo.gradient_step(config, (before, opt_state), batch)
         return before, after, metrics

@@ -48,6 +48,11 @@ def test_ppo_runs_with_every_memory(memory, tmp_path):
     assert ((data["kl_z"] > 0).all()) == (memory in ("s2pg", "kstep"))
 
 
+def test_ppo_runs_by_the_score_alone(tmp_path):
+    data = two_updates(ppo, replace(PPO, memory_gradient="score", **CHAIN), tmp_path)
+    assert np.isfinite(data["gradient_norm"]).all()
+
+
 @pytest.mark.slow
 def test_ppo_runs_with_continuous_actions_and_a_privileged_critic(tmp_path):
     config = replace(PPO, env="Pendulum-v1", privileged=True, previous_action=True, cell="linear")

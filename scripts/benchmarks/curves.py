@@ -90,7 +90,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "cards": MEMORY | {"env": "RecallCards-memory", "total_steps": 3_000_000},
     "ringworld": {
         "env": "ringworld-pomdp", "observe": "all", "previous_action": True,
-        "num_minibatches": 8, "total_steps": 5_000_000,
+        "total_steps": 5_000_000,
     },
     **{n: BRAX | {"env": f"brax/{n}"} for n in ("halfcheetah", "ant", "hopper", "walker2d")},
 }  # fmt: skip

@@ -56,6 +56,7 @@ SHARED: dict[str, Any] = {
     "env_params": {"max_steps_in_episode": 64.0},
     "gamma": 0.9,
     "num_envs": 32,
+    "z_size": 16,
 }
 MEMORIES: dict[str, dict[str, Any]] = {
     "memoryless": {"memory": "none"},

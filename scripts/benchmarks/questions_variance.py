@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from spg.distributions import Normal
 from spg.estimators.bounds import Constants, bptt_variance_bound, s2pg_variance_bound
-from spg.estimators.mixed import Recorded, mixed_surrogate
+from spg.estimators.mixed import MixedTerms, mixed_surrogate
 from spg.estimators.returns import returns_to_go
 from spg.estimators.score import score_estimate
 from spg.kernels.cells import Computed, Drawn, Location, NormalAround
@@ -150,7 +150,8 @@ def estimate(
         slope = discount[:, None] * jax.vmap(jax.grad(ahead))(z_next, t)
         parts = discount * advantage, discount * (to_go - baseline - advantage)
         old = jax.tree.map(
-            lax.stop_gradient, Recorded(kernel.log_prob(traj), kernel.memory(traj), *parts, slope)
+            lax.stop_gradient,
+            MixedTerms(kernel.log_prob(traj), kernel.state_distribution(traj), *parts, slope),
         )
         return mixed_surrogate(kernel, traj, kernel.log_prob(traj), old, clip=0.2).objective.sum()
 

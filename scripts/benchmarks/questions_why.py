@@ -105,8 +105,8 @@ def make(config: ppo.Config) -> loop.Algorithm:
 
 def measure(out: Path, changes: dict[str, Any]) -> list[Row]:
     """Train, and average over seeds and over the updates of each of at most `BINS` bins."""
-    config = replace(task("recall10")[0], memory="s2pg", total_steps=1_000_000)
-    config = replace(config, **changes)
+    config = replace(task("recall10")[0], memory="s2pg", memory_gradient="score")
+    config = replace(config, **{"total_steps": 1_000_000} | changes)
     cli.train(make, config, out / "training")
     data = read_metrics(out / "training")
     num_updates = data["update"].shape[1]

@@ -14,7 +14,7 @@ from spg.estimators.held import (
     responsibilities,
     window_returns,
 )
-from spg.estimators.mixed import Recorded, mixed_surrogate, value_slope
+from spg.estimators.mixed import MixedTerms, mixed_surrogate, value_slope
 from spg.estimators.returns import gae, returns_to_go
 from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
 from spg.estimators.statistics import joint_kl, observe, observe_critic, start_statistics
@@ -23,7 +23,7 @@ from spg.estimators.surrogate import Divergence, Surrogate, divergence, ppo_surr
 __all__ = [
     "Constants",
     "Divergence",
-    "Recorded",
+    "MixedTerms",
     "Surrogate",
     "bptt_variance_bound",
     "direct_estimate",

@@ -14,17 +14,14 @@ from spg.kernels.networks import Flat
 from spg.types import LogProb, Scalar, Transition
 
 
-class Recorded(NamedTuple):
-    """What an update knows of recorded steps: how they were drawn, and what came of them.
-
-    `memory` and `slope` are for `mixed_surrogate`, None without it.
-    """
+class MixedTerms(NamedTuple):
+    """What `mixed_surrogate` keeps of the policy that drew the steps, and of what came of them."""
 
     log_prob: LogProb  # [T]
-    memory: Distribution | None  # [T, n] ω( . | o, z)
+    state: Distribution  # [T, n] ω( . | o, z)
     delta: Float[Array, "*T"]  # δ_t of `mixed_surrogate`
     rest: Float[Array, "*T"]  # A_t - δ_t
-    slope: Inexact[Array, "*T n"] | None  # γ ∂V(o', z')/∂z', as `value_slope` has it
+    slope: Inexact[Array, "*T n"]  # γ ∂V(o', z')/∂z', as `value_slope` has it
 
 
 def value_slope(
@@ -40,7 +37,7 @@ def value_slope(
 
 
 def mixed_surrogate(
-    kernel: Kernel, steps: Transition, new: LogProb, old: Recorded, *, clip: Scalar
+    kernel: Kernel, steps: Transition, new: LogProb, old: MixedTerms, *, clip: Scalar
 ) -> Surrogate:
     """A surrogate of S2PG in which V tells where z' should have gone (ours, L = 1).
 
@@ -54,8 +51,10 @@ def mixed_surrogate(
         δ_t ∇log μ(a_t | o_t, z'(ε)) + γ ∇V(o'_t, z'(ε)) + (A_t - δ_t) ∇log π(a_t, z'_t | o_t, z_t)
 
     with V held: the value gradient of Heess et al. (2015), made unbiased as in Gu et al. (2017).
-    Its expectation is that of `ppo_surrogate`, whatever V is: for given (o_t, z_t) the score and
-    the path of z' agree in the mean, and r_t and V(o_t, z_t) do not depend on z'.
+    The expectation of this gradient is that of `ppo_surrogate`, whatever V is: for given (o_t, z_t)
+    the score and the path of z' agree in the mean, and r_t and V(o_t, z_t) do not depend on z'
+    once the action is given. That V stands for later gradients is the idea of synthetic gradients
+    (Jaderberg et al., 2017).
 
     Later minibatches: the ratio of μ for δ_t and the joint ratio for the rest are clipped as in
     `ppo_surrogate`, and V is a straight line along which an entry of z' moves by at most `clip`
@@ -63,11 +62,11 @@ def mixed_surrogate(
 
     Raises TypeError unless ω is `Normal`.
     """
-    memory = kernel.memory(steps)
-    if not isinstance(memory, Normal) or not isinstance(old.memory, Normal) or old.slope is None:
-        raise TypeError(f"only a Normal z' can follow V; the cell draws {type(memory).__name__}")
-    z = jax.vmap(Normal.follow)(memory, steps.z_next, old.memory)
-    flat, std = jax.vmap(Flat()), old.memory.std
+    state = kernel.state_distribution(steps)
+    if not isinstance(state, Normal) or not isinstance(old.state, Normal):
+        raise TypeError(f"only a Normal z' can follow V; the cell draws {type(state).__name__}")
+    z = jax.vmap(Normal.follow)(state, steps.z_next, old.state)
+    flat, std = jax.vmap(Flat()), old.state.std
     moved, slope = flat((z - steps.z_next) / std), flat(old.slope * std)
     path = jnp.minimum(slope * moved, slope * jnp.clip(moved, -clip, clip)).sum(-1)
     at_once = kernel.log_prob_action(steps, z) - old.log_prob.action

@@ -75,7 +75,7 @@ class Kernel(eqx.Module):
         entropy = jax.vmap(lambda actions: actions.entropy())(actions)
         return LogProb(log_prob_z, log_prob_action, entropy)
 
-    def memory(self, segment: Transition) -> Distribution:
+    def state_distribution(self, segment: Transition) -> Distribution:
         """ω( . | o, z) of each recorded step, time first."""
         return jax.vmap(self.cell)(self._seen(segment), segment.z)
 

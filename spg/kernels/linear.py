@@ -150,7 +150,7 @@ class Gated(LinearUnit):
         z_size: int,
         *,
         min_decay: float = 0.4,
-        max_decay: float = 0.99,
+        max_decay: float = 0.999,
         method: Method = "auto",
         key: PRNGKeyArray,
     ):
@@ -225,8 +225,8 @@ class LeakyFilter(LinearUnit):
 def _inputs(obs_size: int, size: int, *, key: PRNGKeyArray) -> eqx.nn.Linear:
     """B o + c with c = 0 at the start.
 
-    A constant input drives a unit to √((1 + λ)/(1 - λ)) c, for slow units far beyond what any one
-    input leaves there.
+    A constant would add up in slow units, to √((1 + λ)/(1 - λ)) c in `Linear`, far beyond what any
+    one input leaves there.
     """
     linear = eqx.nn.Linear(obs_size, size, key=key)
     return eqx.tree_at(lambda linear: linear.bias, linear, jnp.zeros(size))
