@@ -137,7 +137,8 @@ def test_away_from_the_recorded_policy_moves_are_clipped(name, clip):
         for t, slope in enumerate(np.asarray(recorded.slope))
     ]
     assert np.allclose(out.objective, truth, rtol=1e-9)
-    assert 0 < out.clipped.mean() and (name == "lru" or out.clipped.mean() < 1)
+    assert out.clipped.any()
+    assert name == "lru" or not out.clipped.all()
 
 
 def test_a_state_that_cannot_follow_is_refused():
