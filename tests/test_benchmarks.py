@@ -50,10 +50,10 @@ def test_results_are_written_once_and_ratios_are_taken_within_repeats(tmp_path, 
         assert [row["method"] for row in csv.DictReader(file)] == NAMES
     assert (tmp_path / "run" / "memory.png").stat().st_size > 0
     bptt = rows[NAMES.index("BPTT-T")]
-    assert bptt["training_to_none"] == bptt["training_to_none_q75"] == 6 / 2
-    assert bptt["training_to_deep"] == 6 / 4
-    assert bptt["training_to_s2pg"] == 6 / 5
-    assert bptt["update_to_deep"] == (6 - 1) / (4 - 1)
+    assert bptt["training_to_none"] == bptt["training_to_none_q75"] == 7 / 2
+    assert bptt["training_to_deep"] == 7 / 4
+    assert bptt["training_to_s2pg"] == 7 / 5
+    assert bptt["update_to_deep"] == (7 - 1) / (4 - 1)
     with pytest.raises(RunError, match="holds a run"):
         memory.main(config)
 
