@@ -117,7 +117,7 @@ def test_a_finite_world_is_drawn_with_its_names_and_an_endless_one_for_100_steps
     assert action.names == ("left", "right")
 
 
-def test_a_film_of_a_finite_world_shows_the_state_it_is_in(tmp_path):
+def test_a_film_of_a_finite_world_shows_the_state_it_is_in(tmp_path, monkeypatch):
     drawing = finite_world(4, ("north", "east", "south", "west"))
     axes = Figure().subplots()
     move = drawing.start(axes, SimpleNamespace(state=np.array([0, 1, 3])), None)
@@ -128,6 +128,9 @@ def test_a_film_of_a_finite_world_shows_the_state_it_is_in(tmp_path):
     env, kernel = opened("loadunload-pomdp")
     written = films.save(kernel, env, tmp_path, title="Load/Unload", key=jr.key(0))
     assert [path.name for path in written] == ["rollout.png", "rollout.gif"]
+    monkeypatch.setattr(films, "DRAWN", 3)  # this world is larger
+    written = films.save(kernel, env, tmp_path, title="Load/Unload", key=jr.key(0))
+    assert [path.name for path in written] == ["rollout.png"]
 
 
 def test_a_panel_holds_internal_states_of_every_form():

@@ -31,8 +31,7 @@ def value_slope(
 
     For a complex z' = x + iy it is γ (∂V/∂x + i ∂V/∂y).
     """
-    one = jax.grad(lambda z, obs: critic(obs, z))
-    slope = jnp.conj(jax.vmap(one)(steps.z_next, steps.final_obs))
+    slope = jnp.conj(jax.vmap(jax.grad(critic, argnums=1))(steps.final_obs, steps.z_next))
     return gamma * ~steps.terminated[:, None] * slope
 
 
