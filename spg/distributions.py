@@ -5,6 +5,7 @@ and the log-probability comes from the noise itself, not from a sample that was 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -86,6 +87,10 @@ class Normal(eqx.Module):
         """Where the draw `x` of `old` would lie here, for the same noise."""
         return self.loc + self.std * ((x - old.loc) / old.std)
 
+    def near(self, *, share: Scalar, limit: Scalar, key: PRNGKeyArray) -> Inexact[Array, " n"]:
+        """loc + std · clip(share · ε, ±limit) with ε standard normal."""
+        return self.loc + self.std * self._noise(key, lambda x: jnp.clip(share * x, -limit, limit))
+
     def entropy(self) -> Float[Array, ""]:
         return self._parts * jnp.sum(jnp.log(self.std) + 0.5 * (_LOG_2PI + 1))
 
@@ -93,8 +98,10 @@ class Normal(eqx.Module):
     def _parts(self) -> int:
         return 2 if jnp.iscomplexobj(self.loc) else 1
 
-    def _noise(self, key: PRNGKeyArray) -> Inexact[Array, " n"]:
-        noise = jr.normal(key, (self._parts, *self.loc.shape), self.std.dtype)
+    def _noise(
+        self, key: PRNGKeyArray, change: Callable[[Array], Array] = lambda x: x
+    ) -> Inexact[Array, " n"]:
+        noise = change(jr.normal(key, (self._parts, *self.loc.shape), self.std.dtype))
         return lax.complex(*noise) if self._parts == 2 else noise[0]
 
     def _log_density(self, residual: Inexact[Array, " n"]) -> Float[Array, ""]:

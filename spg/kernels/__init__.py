@@ -3,8 +3,18 @@
 Every part is importable from here; `make_kernel` puts them together from a `PolicyConfig`.
 """
 
-from spg.kernels.cells import GRU, Cell, Computed, Drawn, Empty, Location, NormalAround, Window
-from spg.kernels.critics import Critic
+from spg.kernels.cells import (
+    GRU,
+    Cell,
+    Computed,
+    Drawn,
+    Empty,
+    Location,
+    NormalAround,
+    Roll,
+    Window,
+)
+from spg.kernels.critics import Critic, QCritic
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.filtered import Feature, FilterLocation, filter_cell
 from spg.kernels.finite import (
@@ -23,7 +33,15 @@ from spg.kernels.finite import (
     start_distribution,
     tables,
 )
-from spg.kernels.heads import CategoricalHead, FeatureHead, Head, NormalHead, TeamHead
+from spg.kernels.heads import (
+    CategoricalHead,
+    DeterministicHead,
+    FeatureHead,
+    Head,
+    NormalHead,
+    TanhNormalHead,
+    TeamHead,
+)
 from spg.kernels.held import Held, HeldHead, HeldState, certain_logits, held_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear, LinearUnit
@@ -39,6 +57,7 @@ __all__ = [
     "Cell",
     "Computed",
     "Critic",
+    "DeterministicHead",
     "Drawn",
     "Empty",
     "ExpectedIState",
@@ -64,12 +83,15 @@ __all__ = [
     "NormalHead",
     "Normalizer",
     "PolicyConfig",
+    "QCritic",
+    "Roll",
     "Seed",
     "SeedState",
     "Stack",
     "TableHead",
     "TableMemory",
     "Tables",
+    "TanhNormalHead",
     "TeamHead",
     "Window",
     "certain_logits",

@@ -8,7 +8,8 @@ the point itself (BPTT, window, memoryless), `Drawn` draws z' from a distributio
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -21,6 +22,16 @@ from spg.distributions import Delta, Distribution, Normal, std_from_log
 from spg.limits import Range
 
 INSIDE = Range(0, 1, open="both")  # where decays are
+Key = PRNGKeyArray | None  # None: modes in place of draws
+
+
+class Roll(NamedTuple):
+    """The internal states of a recorded segment under another policy than the one that drew it."""
+
+    z: PyTree  # [L, ...] before each step
+    z_next: PyTree  # [L, ...] after it, for the head: gradients run as far back as the cell's do
+    chosen: PyTree  # [L, ...] the same, for Q: no gradient runs through a z' that is computed
+    log_prob: Float[Array, " L"]  # log ω(z' | o, z)
 
 
 @runtime_checkable
@@ -36,6 +47,15 @@ class Cell(Protocol):
 
         obs, z and z_next are of the L steps of one segment, time first; an episode opens where
         `first`, with the internal state `z0`.
+        """
+        ...
+
+    def roll(
+        self, obs: Array, z: PyTree, first: Bool[Array, " L"], z0: PyTree, *, key: Key
+    ) -> Roll:
+        """Run a segment again from its first z on, with fresh noise, or without any (key None).
+
+        `z` is of that first step alone.
         """
         ...
 
@@ -138,6 +158,14 @@ class Computed(eqx.Module):
         start = jax.tree.map(lambda x: x[0], z)
         return jnp.zeros(first.shape[0]), self.location.unroll(obs, start, first, z0)
 
+    def roll(
+        self, obs: Array, z: PyTree, first: Bool[Array, " L"], z0: PyTree, *, key: Key
+    ) -> Roll:
+        z_next = self.location.unroll(obs, z, first, z0)
+        before = jax.tree.map(lambda z, x: jnp.concatenate([z[None], x[:-1]]), z, z_next)
+        held = lax.stop_gradient(z_next)
+        return Roll(_opened(first, before, z0), z_next, held, jnp.zeros(first.shape[0]))
+
 
 class Drawn(eqx.Module):
     """z' ~ distribution(o, z): each recorded step stands alone.
@@ -156,6 +184,37 @@ class Drawn(eqx.Module):
     ) -> tuple[Float[Array, " L"], PyTree]:
         one = lambda obs, z, z_next: self.distribution(obs, z).log_prob(z_next)
         return jax.vmap(one)(obs, z, z_next), z_next
+
+    def roll(
+        self, obs: Array, z: PyTree, first: Bool[Array, " L"], z0: PyTree, *, key: Key
+    ) -> Roll:
+        """The gradients are those of single steps, as everywhere where z' is drawn."""
+        keys = None if key is None else jr.split(key, first.shape[0])
+        here = lax.stop_gradient(self)
+
+        def step(z, inputs):
+            obs, first, key = inputs
+            z = jax.tree.map(lambda a, b: jnp.where(first, a, b), z0, z)
+            return draw(here(obs, z), key)[0], z
+
+        if first.shape[0] == 1:  # a loop of one step costs more than the step
+            z = _opened(first, jax.tree.map(lambda x: x[None], z), z0)
+        else:
+            z = lax.scan(step, z, (obs, first, keys))[1]
+        z_next, log_prob = jax.vmap(lambda o, z, k: draw(self(o, z), k))(obs, z, keys)
+        return Roll(z, z_next, z_next, log_prob)
+
+
+def draw(distribution: Distribution, key: Key) -> tuple[Any, Float[Array, ""]]:
+    """A reparameterised draw and its log-probability; or, without a key, the mode and 0."""
+    if key is None:
+        return distribution.mode(), jnp.zeros(())
+    return distribution.sample_and_log_prob(key=key)
+
+
+def _opened(first: Bool[Array, " L"], z: PyTree, z0: PyTree) -> PyTree:
+    """z `[L, ...]`, with z0 where an episode opens."""
+    return jax.vmap(lambda f, z: jax.tree.map(partial(jnp.where, f), z0, z))(first, z)
 
 
 def log_rates(

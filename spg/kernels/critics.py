@@ -1,9 +1,11 @@
-"""V(o, z): the value of what the critic observes together with the internal state."""
+"""V(o, z) and Q(o, a, z'): values of what the critic observes with the internal state."""
 
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
@@ -56,3 +58,43 @@ class Critic(eqx.Module):
         new = eqx.tree_at(where, self, (self.mean_square + change, count))
         last = lambda c: (c.mlp.layers[-1].weight, c.mlp.layers[-1].bias)
         return eqx.tree_at(last, new, tuple(x * self.scale / new.scale for x in last(self)))
+
+
+class QCritic(eqx.Module):
+    """Q_i(o, a, z') of an ensemble: what follows when (a, z') is chosen where the critic sees o.
+
+    Al-Hafez et al. (2024) have Q(s, z, a, z'). If o is the full state (a privileged critic), Q does
+    not depend on z: it is r(s, a) + γ E V(s', z'). So z is left out.
+    """
+
+    mlps: MLP  # the ensemble's, stacked
+    normalizer: Normalizer
+    feature: Callable[[PyTree], Array]  # of z', which the networks see in place of z'
+
+    def __init__(
+        self,
+        obs_size: int,
+        num_actions: int,
+        feature_size: int,
+        hidden: list[int],
+        *,
+        num_critics: int = 2,
+        layer_norm: bool = True,
+        feature: Callable[[PyTree], Array] | None = None,
+        key: PRNGKeyArray,
+    ):
+        """`feature_size` is that of feature(z')."""
+        sizes = [obs_size + num_actions + feature_size, *hidden, 1]
+        make = lambda key: MLP(
+            sizes, gain=1.0, activation=jax.nn.relu, layer_norm=layer_norm, key=key
+        )
+        self.mlps = jax.vmap(make)(jr.split(key, num_critics))
+        self.normalizer = Normalizer(obs_size)
+        self.feature = Flat() if feature is None else feature
+
+    def __call__(
+        self, obs: PyTree, action: Float[Array, " a"], z_next: PyTree
+    ) -> Float[Array, " n"]:
+        seen = self.normalizer(critic_view(obs)), action, self.feature(z_next)
+        x = jnp.concatenate(seen)
+        return jax.vmap(lambda mlp: mlp(x)[0])(self.mlps)

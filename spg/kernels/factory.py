@@ -20,7 +20,15 @@ from spg.kernels.cells import (
     Window,
 )
 from spg.kernels.filtered import filter_cell
-from spg.kernels.heads import CategoricalHead, FeatureHead, Head, NormalHead, TeamHead
+from spg.kernels.heads import (
+    CategoricalHead,
+    DeterministicHead,
+    FeatureHead,
+    Head,
+    NormalHead,
+    TanhNormalHead,
+    TeamHead,
+)
 from spg.kernels.kernel import Kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear
 from spg.kernels.networks import Flat, Identity, Normalizer
@@ -79,6 +87,9 @@ class PolicyConfig:
     """widths of the hidden layers of policy head and critic"""
     action_std: Annotated[float, Range(1e-6, 5, usual="0.2 to 1 is usual")] = 0.5
     """standard deviation of continuous actions at the start; their range is [-1, 1]"""
+    actions: Literal["normal", "tanh-normal", "deterministic"] = "normal"
+    """distribution of continuous actions: normal with a learned deviation, tanh of a normal whose
+    deviation depends on (o, z'), or normal around tanh with a constant deviation"""
 
     def length(self, num_steps: int) -> int:
         """L for a rollout of `num_steps`."""
@@ -179,4 +190,10 @@ def _head(config: PolicyConfig, spec: Spec, input_size: int, *, key: PRNGKeyArra
         return TeamHead(slots, [*sizes, num_actions], gain=gain, key=key)
     if spec.discrete:
         return CategoricalHead([*sizes, spec.num_actions], gain=gain, key=key)
-    return NormalHead([*sizes, spec.num_actions], std=config.action_std, gain=gain, key=key)
+    heads = {
+        "normal": NormalHead,
+        "tanh-normal": TanhNormalHead,
+        "deterministic": DeterministicHead,
+    }
+    make = heads[config.actions]
+    return make([*sizes, spec.num_actions], std=config.action_std, gain=gain, key=key)

@@ -9,8 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from spg.distributions import Categorical, Distribution, Normal, log_from_std, std_from_log
-from spg.kernels.networks import MLP, Flat
+from spg.distributions import (
+    Categorical,
+    Distribution,
+    Normal,
+    TanhNormal,
+    log_from_std,
+    std_from_log,
+)
+from spg.kernels.networks import FIXED, MLP, Flat
 from spg.types import Scalar
 
 
@@ -80,6 +87,43 @@ class NormalHead(eqx.Module):
 
     def __call__(self, obs: Float[Array, " o"], z_next: PyTree) -> Normal:
         mean = self.mlp(jnp.concatenate([obs, Flat()(z_next)]))
+        return Normal(mean, std_from_log(self.log_std))
+
+
+class TanhNormalHead(eqx.Module):
+    """Continuous actions in [-1, 1]: tanh(u), u ~ N(mean, std²), both by an MLP(o, z').
+
+    The policy of SAC, Haarnoja et al. (2018), appendix C. `std` is where the deviation of u starts.
+    """
+
+    mlp: MLP
+    log_std: Float[Array, " a"]
+
+    def __init__(self, sizes: list[int], *, std: Scalar, gain: float = 0.01, key: PRNGKeyArray):
+        wide = [*sizes[:-1], 2 * sizes[-1]]
+        self.mlp = MLP(wide, gain=gain, activation=jax.nn.relu, key=key)
+        self.log_std = jnp.full(sizes[-1], log_from_std(std))
+
+    def __call__(self, obs: Float[Array, " o"], z_next: PyTree) -> TanhNormal:
+        mean, change = jnp.split(self.mlp(jnp.concatenate([obs, Flat()(z_next)])), 2)
+        return TanhNormal(mean, std_from_log(self.log_std + change))
+
+
+class DeterministicHead(eqx.Module):
+    """Continuous actions in [-1, 1]: f(o, z') = tanh MLP(o, z'), explored by N(f, std²).
+
+    The policy of DDPG and TD3, Fujimoto et al. (2018). `std` is constant.
+    """
+
+    mlp: MLP
+    log_std: Float[Array, " a"] = eqx.field(metadata=FIXED)
+
+    def __init__(self, sizes: list[int], *, std: Scalar, gain: float = 0.01, key: PRNGKeyArray):
+        self.mlp = MLP(sizes, gain=gain, activation=jax.nn.relu, key=key)
+        self.log_std = jnp.full(sizes[-1], log_from_std(std))
+
+    def __call__(self, obs: Float[Array, " o"], z_next: PyTree) -> Normal:
+        mean = jnp.tanh(self.mlp(jnp.concatenate([obs, Flat()(z_next)])))
         return Normal(mean, std_from_log(self.log_std))
 
 

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from spg.distributions import Distribution
-from spg.kernels.cells import Cell
+from spg.kernels.cells import Cell, Key, Roll, draw
 from spg.kernels.heads import Head
 from spg.kernels.networks import FIXED, Flat, Identity, Normalizer
 from spg.types import LogProb, Transition, policy_view
@@ -74,6 +74,29 @@ class Kernel(eqx.Module):
         log_prob_action = jax.vmap(lambda actions, a: actions.log_prob(a))(actions, segment.action)
         entropy = jax.vmap(lambda actions: actions.entropy())(actions)
         return LogProb(log_prob_z, log_prob_action, entropy)
+
+    def roll(self, segment: Transition, *, key: Key) -> Roll:
+        """The internal states of a recorded segment, had this policy run it from its first z on.
+
+        The noise is fresh; with None for a key there is none.
+        """
+        start = jax.tree.map(lambda x: x[0], segment.z)
+        z0 = lax.stop_gradient(self.z0)
+        return self.cell.roll(self._seen(segment), start, segment.first, z0, key=key)
+
+    def act(
+        self, segment: Transition, z_next: PyTree, *, key: Key
+    ) -> tuple[Array, Float[Array, " T"]]:
+        """Actions of the recorded steps, had z' been `z_next` (time first), and log μ(a | o, z').
+
+        Drawn anew and reparameterised, as by `sample_and_log_prob`; or, with None for a key, modes.
+        """
+        keys = None if key is None else jr.split(key, segment.first.shape[0])
+
+        def one(obs, z_next, key):
+            return draw(self.head(obs, z_next), key)
+
+        return jax.vmap(one)(self._seen(segment), z_next, keys)
 
     def state_distribution(self, segment: Transition) -> Distribution:
         """ω( . | o, z) of each recorded step, time first."""

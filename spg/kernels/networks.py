@@ -33,15 +33,28 @@ def trainable(tree: PyTree) -> PyTree[bool]:
 
 
 class MLP(eqx.Module):
-    """Perceptron with tanh between its layers, orthogonal weights and zero biases.
+    """Perceptron with tanh or relu between its layers, orthogonal weights and zero biases.
 
     `sizes` lists the widths, input and output included; `gain` scales the last layer, which a
-    policy wants small (near-uniform actions at the start) and a critic wants at 1.
+    policy wants small (near-uniform actions at the start) and a critic wants at 1. With
+    `layer_norm` what enters tanh or relu has mean 0 and variance 1 over the layer (Ba et al., 2016,
+    without gains).
     """
 
     layers: list[eqx.nn.Linear]
+    activation: Callable[[Array], Array] = eqx.field(static=True)
+    layer_norm: bool = eqx.field(static=True)
 
-    def __init__(self, sizes: list[int], *, gain: float, key: PRNGKeyArray):
+    def __init__(
+        self,
+        sizes: list[int],
+        *,
+        gain: float,
+        activation: Callable[[Array], Array] = jnp.tanh,
+        layer_norm: bool = False,
+        key: PRNGKeyArray,
+    ):
+        self.activation, self.layer_norm = activation, layer_norm
         gains = [2.0**0.5] * (len(sizes) - 2) + [gain]
         keys = jr.split(key, len(gains))
         self.layers = [
@@ -52,7 +65,10 @@ class MLP(eqx.Module):
     def __call__(self, x: Float[Array, " n"]) -> Float[Array, " m"]:
         affine = lambda layer, x: x @ layer.weight.T + layer.bias  # W x + b, but faster under vmap
         for layer in self.layers[:-1]:
-            x = jnp.tanh(affine(layer, x))
+            x = affine(layer, x)
+            if self.layer_norm:
+                x = (x - x.mean()) * lax.rsqrt(x.var() + 1e-5)
+            x = self.activation(x)
         return affine(self.layers[-1], x)
 
 
@@ -123,6 +139,13 @@ class Flat(eqx.Module):
             for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))
         ]
         return jnp.concatenate([jnp.ravel(x) for x in parts])
+
+
+class Unseen(eqx.Module):
+    """Shows nothing of an internal state."""
+
+    def __call__(self, z: PyTree) -> Float[Array, "0"]:
+        return jnp.zeros(0)
 
 
 class Identity(eqx.Module):

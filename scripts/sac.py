@@ -1,0 +1,186 @@
+"""SAC for stateful policies, SAC-RS of Al-Hafez et al. (2024), algorithm 2; its baselines.
+
+An update is a rollout of every environment into the buffer, then gradient steps on samples of it.
+
+    python scripts/sac.py                  # S2PG on the memory point mass
+    python scripts/sac.py --memory bptt    # by backpropagation through time
+    python scripts/sac.py --env brax/ant --observe positions --total-steps 1e6
+"""
+
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one line, status 130
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from spg.estimators.actor_critic import choose, polyak, soft_loss, target, temperature_loss
+from spg.kernels.critics import QCritic
+from spg.kernels.factory import make_kernel
+from spg.kernels.kernel import Kernel
+from spg.kernels.networks import Flat
+from spg.limits import Needs, Positive, Range
+from spg.training import cli, loop, replay
+from spg.training.loop import Report, State
+from spg.training.off_policy import (
+    OffPolicyConfig,
+    World,
+    adam,
+    algorithm,
+    begin,
+    collect,
+    descend,
+    watch,
+)
+from spg.types import Env
+
+
+@dataclass(frozen=True)
+class Config(OffPolicyConfig):
+    """The training, e.g. --total-steps 1e6 --batch-size 256 --state-temperature 0.1"""
+
+    actions: Literal["tanh-normal"] = "tanh-normal"
+    action_std: Annotated[float, Range(1e-6, 5)] = 1.0
+    """of the normal under the tanh, at the start"""
+    temperature: Positive = 0.1
+    """τ_a, the weight of the entropy of actions, at the start"""
+    learn_temperature: bool = True
+    """keep the entropy of actions at --target-entropy"""
+    target_entropy: Annotated[float, Range(-100, 0.69)] = -1.0
+    """nats for each dimension of an action"""
+    state_temperature: Annotated[Positive, Needs(memory="s2pg")] = 0.01
+    """τ_z, the weight of the entropy of z', at the start (s2pg)"""
+    learn_state_temperature: Annotated[bool, Needs(memory="s2pg")] = False
+    """keep the entropy of z' at --state-target-entropy (s2pg)"""
+    state_target_entropy: Annotated[float, Range(-100, 100), Needs(memory="s2pg")] = -1.0
+    """nats for each entry of z' (s2pg)"""
+
+
+class Learned(NamedTuple):
+    kernel: Kernel
+    critic: QCritic
+    slow: QCritic  # the target networks
+    log_temperature: Float[Array, "2"]  # of actions, of z'
+    opt_states: tuple[optax.OptState, optax.OptState, optax.OptState]
+
+
+def init(
+    config: Config, env: Env, key: PRNGKeyArray, *, policy: Callable[..., Kernel] = make_kernel
+) -> State:
+    """Fresh networks and a buffer with the first steps."""
+    begin_key, key = jr.split(key)
+    kernel, critic, world = begin(config, env, begin_key, policy=policy)
+    log_temperature = jnp.log(jnp.array([config.temperature, config.state_temperature]))
+    opt_states = adam(kernel), adam(critic), adam(log_temperature)
+    return State(Learned(kernel, critic, critic, log_temperature, opt_states), world, key)
+
+
+def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
+    """One update: a rollout of every environment, then gradient steps."""
+    key, rollout_key, gradient_key = jr.split(state.key, 3)
+    kernel, critic, slow, *rest = state.learned
+    carry, steps, episodes = collect(config, env, kernel, state.world.carry, rollout_key)
+    ring = replay.write(state.world.ring, steps)
+    kernel, critic = watch(kernel, critic, steps.obs)
+    slow = polyak(slow, critic, 0.0)
+    keys = jr.split(gradient_key, config.num_gradients)
+    descend = partial(gradient_step, config)
+    (learned, ring), metrics = lax.scan(descend, (Learned(kernel, critic, slow, *rest), ring), keys)
+    report = Report(
+        score=episodes.return_sum / episodes.count,
+        weight=episodes.count,
+        metrics=jax.tree.map(jnp.mean, metrics),
+        of_episodes={"episode_length": episodes.length_sum / episodes.count},
+    )
+    return State(learned, World(carry, ring), key), report
+
+
+def gradient_step(
+    config: Config, state: tuple[Learned, replay.Ring], key: PRNGKeyArray
+) -> tuple[tuple[Learned, replay.Ring], dict[str, Array]]:
+    """Policy and temperatures, then critics, on one sample of the buffer."""
+    place_key, policy_key, next_key = jr.split(key, 3)
+    learned, ring = state
+    kernel, critic, slow, log_temperature, opt_states = learned
+    place = replay.places(ring, **config.sample, key=place_key)
+    segments = replay.take(ring, place)
+    temperature, state_temperature = jnp.exp(log_temperature)
+    keys = jr.split(policy_key, len(segments.reward))
+
+    def policy_loss(kernel):
+        one = lambda segment, key: choose(kernel, critic, segment, last=config.last, key=key)
+        choice = jax.vmap(one)(segments, keys)
+        weights = {"temperature": temperature, "state_temperature": state_temperature}
+        return jnp.mean(soft_loss(choice, **weights)), choice
+
+    rate = config.actor_learning_rate
+    kernel, kernel_state, actor_loss, choice = descend(rate, policy_loss, kernel, opt_states[0])
+
+    def entropy_loss(log_temperature):
+        sizes = choice.action.shape[-1], Flat()(jax.tree.map(lambda x: x[0, 0], choice.z_next)).size
+        goals = config.target_entropy * sizes[0], config.state_target_entropy * sizes[1]
+        learn = config.learn_temperature, config.learn_state_temperature
+        log_probs = choice.log_prob_action, choice.log_prob_z
+        parts = zip(learn, log_temperature, log_probs, goals, strict=True)
+        losses = [yes * jnp.mean(temperature_loss(x, p, goal)) for yes, x, p, goal in parts]
+        return sum(losses), None
+
+    log_temperature, temperature_state, _, _ = descend(
+        config.learning_rate, entropy_loss, log_temperature, opt_states[2]
+    )
+
+    if config.last:
+        segments, place = jax.tree.map(lambda x: x[:, -1:], (segments, place))
+    steps, z_next = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (segments, choice.z_next))
+
+    def regress_on(step, z_next, key):
+        action, z_after, log_prob = kernel.sample_and_log_prob(step.final_obs, z_next, key=key)
+        q_next = slow(step.final_obs, action, z_after)
+        bonus = -temperature * log_prob.action
+        return target(step.reward, step.terminated, q_next, bonus, gamma=config.gamma)
+
+    goal = jax.vmap(regress_on)(steps, z_next, jr.split(next_key, len(steps.reward)))
+
+    def critic_loss(critic):
+        q_value = jax.vmap(critic)(steps.obs, steps.action, z_next)
+        return jnp.mean((q_value - goal[:, None]) ** 2), q_value.mean()
+
+    critic, critic_state, loss, q_value = descend(
+        config.learning_rate, critic_loss, critic, opt_states[1]
+    )
+    slow = polyak(slow, critic, config.target_rate)
+    stale = Flat()(jax.tree.map(lambda a, b: jnp.abs(a - b), choice.z_next, segments.z_next))
+    metrics = {
+        "actor_loss": actor_loss,
+        "critic_loss": loss,
+        "q_value": q_value,
+        "entropy": -choice.log_prob_action.mean(),
+        "entropy_z": -choice.log_prob_z.mean(),
+        "temperature": temperature,
+        "state_temperature": state_temperature,
+        "staleness": stale.sum() / max(1, stale.size),
+    }
+    if config.refreshes:
+        ring = replay.refresh(ring, place, choice.z_next)
+    opt_states = kernel_state, critic_state, temperature_state
+    return (Learned(kernel, critic, slow, log_temperature, opt_states), ring), metrics
+
+
+def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop.Algorithm:
+    """What `loop.run` takes. Raises ValueError for what cannot run."""
+    return algorithm(config, "sac", init=partial(init, policy=policy), step=step)
+
+
+if __name__ == "__main__":
+    cli.main(Config, make)

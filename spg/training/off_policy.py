@@ -1,0 +1,239 @@
+"""What the scripts share that learn from a replay buffer: options, experience, gradient steps."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jax import lax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from spg.estimators.statistics import start_statistics
+from spg.kernels.critics import QCritic
+from spg.kernels.factory import DRAWN, PolicyConfig, make_kernel
+from spg.kernels.kernel import Kernel
+from spg.kernels.networks import Unseen, trainable
+from spg.limits import Count, Fraction, Needs, Positive, Range, Size, Total, check, fits
+from spg.rollout import Carry, Episodes, reset, rollout
+from spg.scans import divisors
+from spg.training import cli, loop, options, replay
+from spg.types import Env, Scalar, Transition, critic_view, policy_view
+
+BPTT_LENGTH = 32  # L of bptt where none is given
+
+
+@dataclass(frozen=True)
+class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
+    """The training, e.g. --total-steps 1e6 --buffer-size 5e5 --batch-size 256 --gamma 0.99"""
+
+    env: str = "PointMass-memory"
+    observe: Literal["all", "positions", "velocities", "state"] = "all"
+    privileged: bool = True
+    """show the critic the full state"""
+    memory: Literal["s2pg", "bptt", "window", "none", "oracle"] = "s2pg"
+    """how z' follows from (o, z): drawn, computed, or a window; none and oracle have no memory, the
+    oracle sees the state"""
+    segment_length: Annotated[int, Range(0, 2**31 - 1, whole=True)] = 0
+    """L, consecutive steps of a sample, which are run again from the first stored z: for s2pg the
+    reach of a refresh, for bptt that of gradients too; 0: 32 for bptt, otherwise 1"""
+    hidden: tuple[Size, ...] = (64, 64)
+    """widths of the hidden layers of policy head and critics"""
+    total_steps: Total = 500_000
+    """environment steps of each seed, after those of --learning-starts"""
+    num_envs: Count = 64
+    """environments side by side"""
+    num_steps: Count = 4
+    """steps of each environment between updates"""
+    updates_per_step: Annotated[float, Range(0, 1000, open="low")] = 2.0
+    """gradient steps for a step of all environments"""
+    batch_size: Count = 512
+    """steps whose losses make a gradient"""
+    buffer_size: Count = 262_144
+    """steps of each seed that are kept"""
+    learning_starts: Count = 8_192
+    """steps of each seed by the first policy: for the statistics, and again to fill the buffer"""
+    gamma: Fraction = 0.99
+    """discount"""
+    learning_rate: Positive = 1e-3
+    """of Adam, for critics and temperatures"""
+    actor_learning_rate: Positive = 3e-4
+    """of Adam, for the policy"""
+    target_rate: Annotated[float, Range(0, 1, open="low")] = 0.005
+    """the way that targets go to what is trained, in each gradient step"""
+    layer_norm: bool = True
+    """normalise the layers of critics"""
+    refresh: Annotated[bool, Needs(memory=DRAWN)] = True
+    """write the fresh z' of a sample into the buffer (s2pg, bptt)"""
+    loss_steps: Annotated[Literal["every", "last"], Needs(memory=("s2pg", "bptt"))] = "every"
+    """the steps of a segment that have a loss: batch-size / L segments and every step, or, as in
+    the paper's BPTT, batch-size segments and the last step"""
+    critic_state: bool = True
+    """show the critics z'"""
+    num_critics: Annotated[int, Range(1, 100, whole=True)] = 2
+    """of which the smallest counts in targets"""
+
+    @property
+    def last(self) -> bool:
+        return self.loss_steps == "last"
+
+    @property
+    def refreshes(self) -> bool:
+        return self.refresh and self.memory in DRAWN
+
+    @property
+    def sample(self) -> dict[str, int]:
+        """The segments of a gradient, as `replay.places` takes them."""
+        length = self.length(BPTT_LENGTH)
+        return {
+            "num_segments": self.batch_size if self.last else self.batch_size // length,
+            "length": length,
+        }
+
+    @property
+    def rollout_size(self) -> int:
+        """Environment steps between updates."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_gradients(self) -> int:
+        """Gradient steps of an update."""
+        return round(self.updates_per_step * self.num_steps)
+
+    @property
+    def num_first(self) -> int:
+        """Rollouts that fill the buffer before the first update."""
+        return -(-self.learning_starts // self.rollout_size)
+
+    @property
+    def num_rows(self) -> int:
+        """Of the buffer: a multiple of a rollout's."""
+        return self.buffer_size // self.rollout_size * self.num_steps
+
+
+class World(NamedTuple):
+    """What off-policy data come from."""
+
+    carry: Carry  # of each environment
+    ring: replay.Ring
+
+
+def begin(
+    config: OffPolicyConfig, env: Env, key: PRNGKeyArray, *, policy: Callable[..., Kernel]
+) -> tuple[Kernel, QCritic, World]:
+    """Fresh networks, with the statistics of the first steps, and a buffer with as many more."""
+    kernel_key, critic_key, env_key, first_key, fill_key = jr.split(key, 5)
+    spec = env.spec
+    kernel = policy(config, spec, key=kernel_key)
+    feature = kernel.feature if config.critic_state else Unseen()
+    critic = QCritic(
+        spec.critic_size, spec.num_actions, feature(kernel.z0).size, [*config.hidden],
+        num_critics=config.num_critics, layer_norm=config.layer_norm, feature=feature,
+        key=critic_key,
+    )  # fmt: skip
+    carry = jax.vmap(lambda k: reset(kernel, env, key=k))(jr.split(env_key, config.num_envs))
+    experience = lambda carry, key: collect(config, env, kernel, carry, key)[:2]
+    carry, first = lax.scan(experience, carry, jr.split(first_key, config.num_first))
+    kernel, critic = watch(kernel, critic, first.obs)
+
+    def fill(world, key):
+        carry, steps, _ = collect(config, env, kernel, world.carry, key)
+        return World(carry, replay.write(world.ring, steps)), None
+
+    ring = replay.empty(jax.tree.map(lambda x: x[0, 0], first), config.num_rows)
+    world, _ = lax.scan(fill, World(carry, ring), jr.split(fill_key, config.num_first))
+    return kernel, critic, world
+
+
+def collect(
+    config: OffPolicyConfig, env: Env, kernel: Kernel, carry: Carry, key: PRNGKeyArray
+) -> tuple[Carry, Transition, Episodes]:
+    """A rollout of every environment: steps `[K, N, ...]`, with the actions that were taken."""
+    run = partial(rollout, kernel, env, num_steps=config.num_steps)
+    keys = jr.split(key, config.num_envs)
+    carry, steps, episodes = jax.vmap(lambda c, k: run(c, key=k))(carry, keys)
+    steps = jax.tree.map(lambda x: x.swapaxes(0, 1), steps)
+    episodes = jax.tree.map(lambda x: x.sum(0), episodes)
+    return carry, steps._replace(action=jnp.clip(steps.action, -1.0, 1.0)), episodes
+
+
+def watch(kernel: Kernel, critic: QCritic, obs: PyTree) -> tuple[Kernel, QCritic]:
+    """Policy and critic with statistics that know these observations."""
+    return start_statistics(kernel, policy_view(obs)), start_statistics(critic, critic_view(obs))
+
+
+M = TypeVar("M")
+
+
+def descend(
+    rate: Scalar, loss: Callable[[M], tuple[Array, Any]], module: M, opt_state: optax.OptState
+) -> tuple[M, optax.OptState, Array, Any]:
+    """A step of Adam: module, state of the optimiser, loss, and what else the loss returned."""
+    params, fixed = eqx.partition(module, trainable(module))
+    of_params = lambda params: loss(eqx.combine(params, fixed))
+    (value, aux), gradient = eqx.filter_value_and_grad(of_params, has_aux=True)(params)
+    updates, opt_state = optax.adam(rate).update(gradient, opt_state)
+    return eqx.apply_updates(module, updates), opt_state, value, aux
+
+
+def adam(module: PyTree) -> optax.OptState:
+    """The state of `descend`'s optimiser at the start."""
+    return optax.adam(0.0).init(eqx.filter(module, trainable(module)))
+
+
+def algorithm(
+    config: OffPolicyConfig, name: str, *, init: Callable[..., Any], step: Callable[..., Any]
+) -> loop.Algorithm:
+    """What `loop.run` takes. Raises ValueError for what cannot run."""
+    check(config)
+    env = options.make_env(config, oracle=config.memory == "oracle")
+    spec, first, sample = env.spec, config.num_first * config.rollout_size, config.sample
+    each = f"{config.num_envs} x {config.num_steps} steps"
+    num_updates = config.total_steps // config.rollout_size
+    options.check_updates(config, num_updates, each)
+    if spec.discrete:
+        raise ValueError(
+            f"{name} is for continuous actions, and those of {config.env} are discrete: "
+            "scripts/ppo.py takes both"
+        )
+    if config.num_gradients < 1:
+        raise ValueError(
+            f"updates_per_step {config.updates_per_step} x num_steps {config.num_steps} is less "
+            "than one gradient step; more of either would do"
+        )
+    if config.batch_size % sample["length"] and not config.last:
+        raise ValueError(
+            f"segments of {sample['length']} steps do not divide batch_size {config.batch_size}; "
+            f"segment_length {divisors(config.batch_size)} would"
+        )
+    if config.num_rows < config.num_first * config.num_steps:
+        raise ValueError(
+            f"buffer_size {config.buffer_size} has no room for the {first} steps of "
+            "learning_starts; a larger buffer or fewer of these would do"
+        )
+    rows = config.num_first * config.num_steps
+    if not replay.holds(rows, config.num_envs, **sample):
+        raise ValueError(
+            f"the first {first} steps do not hold {sample['num_segments']} segments of "
+            f"{sample['length']} steps; more learning_starts, or a smaller batch_size, would do"
+        )
+    made = jax.eval_shape(lambda key: begin(config, env, key, policy=make_kernel), jr.key(0))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made[2].ring))
+    buffer = f"a buffer of {config.num_seeds} seeds x {config.buffer_size:,} steps"
+    fits(config.num_seeds * size, buffer, on_device=True)
+    if config.memory in DRAWN and not (config.privileged or config.observe in ("all", "state")):
+        print(
+            f"warning: the critics see {config.observe} alone. Learning them by bootstrapping "
+            "together with the memory that would show the rest is unstable (Al-Hafez et al., "
+            "2024); --privileged shows them the state",
+            file=sys.stderr,
+        )
+    return cli.in_episodes(
+        config, env, name.upper(), name=name, init=init, step=step, num_updates=num_updates,
+        steps_per_update=config.rollout_size, first_steps=2 * first,
+    )  # fmt: skip
