@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from spg.estimators.actor_critic import choose, polyak, soft_loss, target, temperature_loss
@@ -31,17 +30,17 @@ from spg.kernels.factory import make_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Flat
 from spg.limits import Needs, Positive, Range
+from spg.scans import join_segments
 from spg.training import cli, loop, replay
 from spg.training.loop import Report, State
 from spg.training.off_policy import (
     OffPolicyConfig,
-    World,
     adam,
     algorithm,
     begin,
-    collect,
     descend,
-    watch,
+    staleness,
+    update,
 )
 from spg.types import Env
 
@@ -88,22 +87,7 @@ def init(
 
 def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     """One update: a rollout of every environment, then gradient steps."""
-    key, rollout_key, gradient_key = jr.split(state.key, 3)
-    kernel, critic, slow, *rest = state.learned
-    carry, steps, episodes = collect(config, env, kernel, state.world.carry, rollout_key)
-    ring = replay.write(state.world.ring, steps)
-    kernel, critic = watch(kernel, critic, steps.obs)
-    slow = polyak(slow, critic, 0.0)
-    keys = jr.split(gradient_key, config.num_gradients)
-    descend = partial(gradient_step, config)
-    (learned, ring), metrics = lax.scan(descend, (Learned(kernel, critic, slow, *rest), ring), keys)
-    report = Report(
-        score=episodes.return_sum / episodes.count,
-        weight=episodes.count,
-        metrics=jax.tree.map(jnp.mean, metrics),
-        of_episodes={"episode_length": episodes.length_sum / episodes.count},
-    )
-    return State(learned, World(carry, ring), key), report
+    return update(config, env, partial(gradient_step, config), config.num_gradients, state)
 
 
 def gradient_step(
@@ -114,7 +98,7 @@ def gradient_step(
     learned, ring = state
     kernel, critic, slow, log_temperature, opt_states = learned
     place = replay.places(ring, **config.sample, key=place_key)
-    segments = replay.take(ring, place)
+    segments, ring = replay.take(ring, place)
     temperature, state_temperature = jnp.exp(log_temperature)
     keys = jr.split(policy_key, len(segments.reward))
 
@@ -142,7 +126,7 @@ def gradient_step(
 
     if config.last:
         segments, place = jax.tree.map(lambda x: x[:, -1:], (segments, place))
-    steps, z_next = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (segments, choice.z_next))
+    steps, z_next = join_segments((segments, choice.z_next))
 
     def regress_on(step, z_next, key):
         action, z_after, log_prob = kernel.sample_and_log_prob(step.final_obs, z_next, key=key)
@@ -160,7 +144,6 @@ def gradient_step(
         config.learning_rate, critic_loss, critic, opt_states[1]
     )
     slow = polyak(slow, critic, config.target_rate)
-    stale = Flat()(jax.tree.map(lambda a, b: jnp.abs(a - b), choice.z_next, segments.z_next))
     metrics = {
         "actor_loss": actor_loss,
         "critic_loss": loss,
@@ -169,7 +152,7 @@ def gradient_step(
         "entropy_z": -choice.log_prob_z.mean(),
         "temperature": temperature,
         "state_temperature": state_temperature,
-        "staleness": stale.sum() / max(1, stale.size),
+        "staleness": staleness(choice.z_next, segments.z_next),
     }
     if config.refreshes:
         ring = replay.refresh(ring, place, choice.z_next)

@@ -95,6 +95,11 @@ def split_segments(tree: PyTree, segment_length: int) -> PyTree:
     return jax.tree.map(lambda x: x.reshape(count, segment_length, *x.shape[1:]), tree)
 
 
+def join_segments(tree: PyTree) -> PyTree:
+    """Each leaf `[S, L, ...]` as `[S L, ...]`."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
+
+
 def shuffle(n: int, *, key: PRNGKeyArray) -> Int[Array, " n"]:
     """A random order of 0..n-1; up to 2^16 by one sort of integers: random high bits, then index.
 

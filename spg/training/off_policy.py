@@ -18,7 +18,7 @@ from spg.estimators.statistics import start_statistics
 from spg.kernels.critics import QCritic
 from spg.kernels.factory import DRAWN, PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
-from spg.kernels.networks import Unseen, trainable
+from spg.kernels.networks import Flat, Unseen, trainable
 from spg.limits import Count, Fraction, Needs, Positive, Range, Size, Total, check, fits
 from spg.rollout import Carry, Episodes, reset, rollout
 from spg.scans import divisors
@@ -75,7 +75,7 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     the paper's BPTT, batch-size segments and the last step"""
     critic_state: bool = True
     """show the critics z'"""
-    num_critics: Annotated[int, Range(1, 100, whole=True)] = 2
+    critics: Annotated[int, Range(1, 100, whole=True)] = 2
     """of which the smallest counts in targets"""
 
     @property
@@ -133,7 +133,7 @@ def begin(
     feature = kernel.feature if config.critic_state else Unseen()
     critic = QCritic(
         spec.critic_size, spec.num_actions, feature(kernel.z0).size, [*config.hidden],
-        num_critics=config.num_critics, layer_norm=config.layer_norm, feature=feature,
+        num_critics=config.critics, layer_norm=config.layer_norm, feature=feature,
         key=critic_key,
     )  # fmt: skip
     carry = jax.vmap(lambda k: reset(kernel, env, key=k))(jr.split(env_key, config.num_envs))
@@ -165,6 +165,39 @@ def collect(
 def watch(kernel: Kernel, critic: QCritic, obs: PyTree) -> tuple[Kernel, QCritic]:
     """Policy and critic with statistics that know these observations."""
     return start_statistics(kernel, policy_view(obs)), start_statistics(critic, critic_view(obs))
+
+
+def update(
+    config: OffPolicyConfig,
+    env: Env,
+    learn: Callable[[tuple[Any, replay.Ring], PRNGKeyArray], Any],
+    keys: int,
+    state: loop.State,
+) -> tuple[loop.State, loop.Report]:
+    """A rollout of every environment into the buffer, then a scan of `learn` over so many keys.
+
+    `learn` takes and returns (learned, ring), and gives metrics; `learned` has a kernel and a
+    critic.
+    """
+    key, rollout_key, learn_key = jr.split(state.key, 3)
+    learned = state.learned
+    carry, steps, episodes = collect(config, env, learned.kernel, state.world.carry, rollout_key)
+    kernel, critic = watch(learned.kernel, learned.critic, steps.obs)
+    start = learned._replace(kernel=kernel, critic=critic), replay.write(state.world.ring, steps)
+    (learned, ring), metrics = lax.scan(learn, start, jr.split(learn_key, keys))
+    report = loop.Report(
+        score=episodes.return_sum / episodes.count,
+        weight=episodes.count,
+        metrics=jax.tree.map(jnp.mean, metrics),
+        of_episodes={"episode_length": episodes.length_sum / episodes.count},
+    )
+    return loop.State(learned, World(carry, ring), key), report
+
+
+def staleness(choice_z: PyTree, stored_z: PyTree) -> Array:
+    """Mean absolute difference of the entries of z' as it is now and as it was stored."""
+    apart = Flat()(jax.tree.map(lambda a, b: jnp.abs(a - b), choice_z, stored_z))
+    return apart.sum() / max(1, apart.size)
 
 
 M = TypeVar("M")

@@ -77,9 +77,14 @@ def holds(size: int, num_columns: int, *, num_segments: int, length: int) -> boo
     return (size - length + 1) // length * num_columns >= num_segments
 
 
-def take(ring: Ring, place: Place) -> Transition:
-    """The steps at these places, `[S, L, ...]`."""
-    return jax.tree.map(lambda x: x[place.row, place.column], ring.steps)
+def take(ring: Ring, place: Place) -> tuple[Transition, Ring]:
+    """The steps at these places, `[S, L, ...]`, and the ring to go on with.
+
+    The barrier makes XLA gather at once. Otherwise it may gather where the steps are used, after
+    `refresh`, and copies the ring to keep it as it was.
+    """
+    steps = jax.tree.map(lambda x: x[place.row, place.column], ring.steps)
+    return lax.optimization_barrier((steps, ring))
 
 
 def refresh(ring: Ring, place: Place, z_next: PyTree) -> Ring:
