@@ -1,5 +1,6 @@
 """Checkpoints of a training state, whole or not there at all, for any number of devices."""
 
+import json
 import logging
 import os
 import shutil
@@ -17,9 +18,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from spg.training import blocks
 from spg.training.records import RunError
 
 KEEP = 2  # how many, so that one stays if another is damaged
+LARGE = 4 << 20  # bytes beyond which a leaf is written in blocks
 Tree = TypeVar("Tree")
 
 
@@ -28,10 +31,14 @@ class Checkpoints:
 
     A leaf is called by its path in the tree, so that two of one shape are not exchanged when a
     field is added or renamed. A directory gets its name, the number of updates, when complete.
+
+    The bytes of a large leaf are in `blocks/`, which the checkpoints share, and `blocks.json` in
+    the directory of a checkpoint names them: of a leaf that changes little, little is written.
     """
 
     def __init__(self, directory: Path):
         self._directory = directory.absolute()
+        self._blocks = self._directory / "blocks"
         self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
     def updates(self) -> list[int]:
@@ -42,30 +49,37 @@ class Checkpoints:
     def save(self, update: int, tree: PyTree) -> None:
         """Write a checkpoint; then only the last ones are kept. Raises RunError if it cannot be."""
         path, partial = self._directory / str(update), self._directory / f"{update}.partial"
-        bare = jax.tree.map(lambda x: np.asarray(jr.key_data(x) if _is_key(x) else x), tree)
-        arrays = _by_path(bare)
+        arrays = _by_path(jax.tree.map(lambda x: jr.key_data(x) if _is_key(x) else x, tree))
+        large = {k: x for k, x in arrays.items() if x.nbytes > LARGE}
+        small = {k: np.asarray(x) for k, x in arrays.items() if k not in large}
         try:
             self.clean()
+            cuts = {k: blocks.write(self._blocks, x) for k, x in large.items()}
             with _quietly():
-                self._orbax.save(partial, args=ocp.args.StandardSave(arrays))
+                self._orbax.save(partial, args=ocp.args.StandardSave(small))
+            if cuts:
+                (partial / "blocks.json").write_text(json.dumps(cuts))
             (partial / "checksum").write_text(_checksum(partial))
             os.rename(partial, path)
         except (OSError, ValueError) as error:
             self.clean()
+            self._sweep()
             reason = str(error).splitlines()[0].rsplit(": ", 1)[-1].split(" [os_error")[0]
+            reason = error.strerror or reason if isinstance(error, OSError) else reason
             raise RunError(
                 f"checkpoint {path} cannot be written: {reason}; those before it are kept, and "
                 "--resume goes on from there"
             ) from error
         for old in self.updates()[KEEP:]:
             self.discard(old)
+        self._sweep()
 
     def is_whole(self, update: int) -> bool:
         """Whether the files are as they were written."""
         path = self._directory / str(update)
         try:
-            return (path / "checksum").read_text() == _checksum(path)
-        except (OSError, ValueError):
+            return _is_unchanged(path) and blocks.are_whole(self._blocks, _names(path))
+        except OSError:
             return False
 
     def restore(self, update: int, like: Tree) -> Tree:
@@ -97,7 +111,8 @@ class Checkpoints:
         path = self._directory / str(update)
         try:
             with _quietly():
-                return self._orbax.restore(path, args=ocp.args.StandardRestore())
+                small = self._orbax.restore(path, args=ocp.args.StandardRestore())
+            return small | {k: blocks.read(self._blocks, x) for k, x in _cuts(path).items()}
         except (OSError, ValueError, KeyError) as error:
             raise RunError(f"checkpoint {path} cannot be read by this Orbax: {error}") from error
 
@@ -109,6 +124,12 @@ class Checkpoints:
         for path in self._directory.glob("*.partial*"):
             shutil.rmtree(path, ignore_errors=True)  # a thread of a failed save may still write
 
+    def _sweep(self) -> None:
+        """Remove the blocks that no checkpoint names; if one is damaged, its names are unknown."""
+        paths = [self._directory / str(update) for update in self.updates()]
+        if self._blocks.exists() and all(map(_is_unchanged, paths)):
+            blocks.keep(self._blocks, set().union(*map(_names, paths)))
+
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
     """The leaves by their paths in the tree, without empty ones, which Orbax cannot write."""
@@ -118,6 +139,26 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
 
 def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _cuts(path: Path) -> dict[str, blocks.Cut]:
+    """The large leaves of a checkpoint."""
+    path = path / "blocks.json"
+    cuts = json.loads(path.read_text()) if path.exists() else {}
+    return {k: blocks.Cut(*cut) for k, cut in cuts.items()}
+
+
+def _names(path: Path) -> set[str]:
+    """The blocks that a checkpoint needs."""
+    return {name for cut in _cuts(path).values() for name in cut.names}
+
+
+def _is_unchanged(path: Path) -> bool:
+    """Whether the files of a directory are as they were written."""
+    try:
+        return (path / "checksum").read_text() == _checksum(path)
+    except (OSError, ValueError):
+        return False
 
 
 def _checksum(directory: Path) -> str:
