@@ -98,7 +98,7 @@ def gradient_step(
     learned, ring = state
     kernel, critic, slow, log_temperature, opt_states = learned
     place = replay.places(ring, **config.sample, key=place_key)
-    segments, ring = replay.take(ring, place)
+    segments = replay.take(ring, place)
     temperature, state_temperature = jnp.exp(log_temperature)
     keys = jr.split(policy_key, len(segments.reward))
 

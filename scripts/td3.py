@@ -97,7 +97,7 @@ def critic_step(
     place_key, state_key, target_key = jr.split(key, 3)
     (kernel, critic, slow, opt_states), ring = state
     place = replay.places(ring, **config.sample, key=place_key)
-    segments, ring = replay.take(ring, place)
+    segments = replay.take(ring, place)
     keys = jr.split(state_key, len(segments.reward))
     z_next = jax.vmap(lambda segment, key: kernel.roll(segment, key=key).z_next)(segments, keys)
     fresh = staleness(z_next, segments.z_next)
@@ -134,7 +134,7 @@ def policy_step(
     place_key, *keys = jr.split(key, 1 + config.policy_delay)
     (learned, ring), metrics = lax.scan(partial(critic_step, config), state, jnp.stack(keys))
     place = replay.places(ring, **config.sample, key=place_key)
-    segments, ring = replay.take(ring, place)
+    segments = replay.take(ring, place)
 
     def loss(kernel):
         one = lambda x: choose(kernel, learned.critic, x, last=config.last, key=None).q_value

@@ -1,6 +1,7 @@
 """A replay buffer as arrays: a ring of steps, one column for each environment."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,29 +78,31 @@ def holds(size: int, num_columns: int, *, num_segments: int, length: int) -> boo
     return (size - length + 1) // length * num_columns >= num_segments
 
 
-def take(ring: Ring, place: Place) -> tuple[Transition, Ring]:
-    """The steps at these places, `[S, L, ...]`, and the ring to go on with.
-
-    The barrier makes XLA gather at once. Otherwise it may gather where the steps are used, after
-    `refresh`, and copies the ring to keep it as it was.
-    """
-    steps = jax.tree.map(lambda x: x[place.row, place.column], ring.steps)
-    return lax.optimization_barrier((steps, ring))
+def take(ring: Ring, place: Place) -> Transition:
+    """The steps at these places, `[S, L, ...]`."""
+    return jax.tree.map(lambda x: x[place.row, place.column], ring.steps)
 
 
-def refresh(ring: Ring, place: Place, z_next: PyTree) -> Ring:
-    """The ring with z' at these places as it is now, `[S, L, ...]`, Al-Hafez et al. (2024), § 3.
+def refresh(ring: Ring, place: Place, z_next: PyTree, *, share: float = 1.0) -> Ring:
+    """The ring with z' at these places as it is now, `[S, L, ...]`, Al-Hafez et al. (2024).
 
-    The step that follows gets it for its z, unless it opens an episode, or has not been made yet.
+        z'_t <- (1 - share) z'_t + share z_next_t,   and z_{t+1} <- the same
+
+    unless step t+1 opens an episode or has not been made yet.
     """
     steps, column = ring.steps, place.column
     after = (place.row + 1) % ring.capacity
     apart = place.newest | steps.first[after, column]
     nowhere = ring.capacity + jnp.arange(apart.size).reshape(apart.shape)  # each its own
     after = jnp.where(apart, nowhere, after)
-    put: Any = lambda row: (
-        lambda old, new: old.at[row, column].set(new, mode="drop", unique_indices=True)
-    )
+
+    def put(row: Array) -> Callable[[Array, Array], Array]:
+        return lambda old, new: old.at[row, column].set(new, mode="drop", unique_indices=True)
+
+    # old values count by 0 at a share of 1, and yet have to be read first: else XLA may read them
+    # for another purpose after they are overwritten, and copies the whole ring to be able to
+    stale = take(ring, place).z_next
+    z_next = jax.tree.map(lambda old, new: (1 - share) * old + share * new, stale, z_next)
     z = jax.tree.map(put(after), steps.z, z_next)
     z_next = jax.tree.map(put(place.row), steps.z_next, z_next)
     return ring._replace(steps=steps._replace(z=z, z_next=z_next))
