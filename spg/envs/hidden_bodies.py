@@ -44,9 +44,9 @@ class HiddenBodies:
     always is the ratio of what the physics uses.
     """
 
-    mass_range: Annotated[float, Range(0, 1, open="high", usual="0.3 is S2PG's")] = 0.0
-    payload: Annotated[float, Range(0, usual="0.5 adds up to half of the torso's mass")] = 0.0
-    wind: Annotated[float, Range(0, usual="its sign is drawn")] = 0.0
+    mass_range: Annotated[Any, Range(0, 1, open="high", usual="0.3 is S2PG's")] = 0.0
+    payload: Annotated[Any, Range(0, usual="0.5 adds up to half of the torso's mass")] = 0.0
+    wind: Annotated[Any, Range(0, usual="its sign is drawn")] = 0.0
 
     def __post_init__(self) -> None:
         check(self)
