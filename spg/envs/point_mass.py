@@ -1,8 +1,8 @@
 """A point that is told at its start where to go, and has to remember it on the way.
 
-The two navigation tasks of S2PG (Al-Hafez et al., 2024, appendix E.1, figures 7 and 8), after the
-authors' code. The field is [0, 150]². An action a in [-1, 1] is a heading φ = π(a + 1): 0 is left,
--1/2 up, ±1 right, 1/2 down. Three substeps of .6 follow it.
+The navigation tasks of S2PG (Al-Hafez et al., 2024, appendix E.1), after the authors' code. The
+field is [0, 150]². An action a in [-1, 1] is a heading φ = π(a + 1): 0 is left, -1/2 up, ±1 right,
+1/2 down. Three substeps of .6 follow it.
 """
 
 import abc
@@ -20,7 +20,7 @@ from spg.limits import Range, check
 
 FIELD = 150.0  # side of the field; what is observed is divided by it
 SUBSTEPS, STRIDE = 3, 0.6
-COLUMNS = (25.0, 57.0, 88.0, 120.0)  # x of the starts and of the goals of `PointMass`
+COLUMNS, LOW, HIGH = (25.0, 57.0, 88.0, 120.0), 15.0, 130.0  # starts are low, goals high
 WALLS = (60.0, 90.0)  # heights of the walls of `Doors`
 HALF_THICKNESS, DOOR_WIDTH, POINT_RADIUS = 2.5, 40.0, 2.0
 REACHED = 5.0  # how close to the goal is a success
@@ -120,7 +120,7 @@ class PointMass(_Point):
     ) -> tuple[Float[Array, "4"], PointMassState]:
         check(params)
         x = jr.choice(key, jnp.array(COLUMNS, jnp.float32), (2,))
-        start, goal = jnp.stack([x, jnp.array([15.0, 130.0], jnp.float32)], 1)
+        start, goal = jnp.stack([x, jnp.array([LOW, HIGH], jnp.float32)], 1)
         state = PointMassState(start, start, goal, jnp.array(False), jnp.int32(0))
         return self.observe(key, state, None, params), state
 

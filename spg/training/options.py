@@ -63,7 +63,9 @@ class EnvConfig:
     ] = None
     """physics of Brax; by default spring, the fastest on a CPU"""
     env_params: dict[str, Annotated[float, Range()]] = field(default_factory=dict)
-    """parameters of the environment to change, e.g. --env-params length 50"""
+    """parameters of the environment to change, e.g. --env-params length 50; bodies of Brax also
+    take mass_range, payload and wind: drawn in every episode, shown to an oracle and to a
+    privileged critic"""
 
 
 @dataclass(frozen=True)
