@@ -33,14 +33,14 @@ class Panel(NamedTuple):
 
 
 def save(kernel: Kernel, env: Env, out: Path, *, title: str, key: PRNGKeyArray) -> list[Path]:
-    """Write `rollout.png`; `rollout.html` for Brax, `rollout.gif` for physics and worlds, and
-    `paths.png` for `PointMass` and `Doors`.
+    """Write `rollout.png`; also `rollout.html`, `rollout.gif` or `paths.png`.
 
-    In the picture time goes to the right, and a vertical line opens an episode. The page loads
-    Brax's viewer from the network. Worlds are those of at most `DRAWN` states.
+    The page is for Brax, the animation for physics and worlds, the paths are for `PointMass` and
+    `Doors`. In the rollout time goes to the right, and a vertical line opens an episode. The page
+    loads Brax's viewer from the network. Worlds are those of at most `DRAWN` states.
     """
     from spg.envs import Brax, Tabular, render  # here: importing gymnax starts JAX's backend
-    from spg.training import paths
+    from spg.training import paths  # which imports it too
 
     clock = env.params.max_steps_in_episode
     num_steps = ENDLESS if clock is None else int(np.clip(clock, LEAST, MOST))
@@ -68,7 +68,7 @@ def save(kernel: Kernel, env: Env, out: Path, *, title: str, key: PRNGKeyArray) 
 def save_page(kernels: Kernel, env: Env, out: Path, *, num_steps: int = 300) -> None:
     """Of the first of the kernels: `rollout.html` in Brax, `paths.png` in `PointMass`, `Doors`."""
     from spg.envs import Brax, render  # here: importing gymnax starts JAX's backend
-    from spg.training import paths
+    from spg.training import paths  # which imports it too
 
     first, own = jax.tree.map(lambda x: x[0], kernels), _own(env)
     if isinstance(own, Brax):
