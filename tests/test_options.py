@@ -532,6 +532,11 @@ def advantage(*shape):
         (lambda: envs.make("RecallCards-memory", num_cards=0), "num_cards is 0"),
         (lambda: envs.make("RecallCards-memory", pause=-1), "pause is -1"),
         (lambda: envs.make("RecallCards-memory", num_suits=2.5), "num_suits is 2.5; it has to be"),
+        (lambda: envs.make("Doors-memory", max_steps_in_episode=0), "max_steps_in_episode is 0"),
+        (
+            lambda: envs.make("brax/ant", mass_range=1),
+            "mass_range is 1; it has to be at least 0 and",
+        ),
         (lambda: envs.make("CartPole-v1", max_steps_in_episode=0), "max_steps_in_episode is 0"),
         (lambda: envs.make("CartPole-v1", gravity=np.inf), "gravity is inf"),
         (lambda: envs.make("tiger-pomdp", max_steps_in_episode=-1), "max_steps_in_episode is -1"),

@@ -19,10 +19,21 @@ from gymnax.environments.environment import Environment
 from jaxtyping import Array, ArrayLike
 
 from spg.envs import brax
-from spg.envs.adapters import Adapter, AdapterState, View, entries, flat, own, own_and_state
+from spg.envs.adapters import (
+    Adapter,
+    AdapterState,
+    ShowsState,
+    View,
+    entries,
+    flat,
+    own,
+    own_and_state,
+)
 from spg.envs.brax import Brax, render
 from spg.envs.cards import RecallCards
+from spg.envs.hidden_bodies import HiddenBodies
 from spg.envs.memory import RepeatFirst, TMaze
+from spg.envs.point_mass import Doors, PointMass
 from spg.envs.tabular import Tabular, tabular_params
 from spg.limits import Range
 from spg.types import Env
@@ -34,8 +45,12 @@ __all__ = [
     "Adapter",
     "AdapterState",
     "Brax",
+    "Doors",
+    "HiddenBodies",
+    "PointMass",
     "RecallCards",
     "RepeatFirst",
+    "ShowsState",
     "TMaze",
     "Tabular",
     "make",
@@ -61,6 +76,8 @@ _OWN: dict[str, Callable[..., Environment]] = {
     "TMaze-memory": TMaze,
     "RepeatFirst-memory": RepeatFirst,
     "RecallCards-memory": RecallCards,
+    "PointMass-memory": PointMass,
+    "Doors-memory": Doors,
     **{f"{name}-pomdp": _episodes(make) for name, make in WORLDS.items()},
 }
 # Gymnax's physics, and the fields of their states that are velocities. The environment itself is
@@ -97,10 +114,11 @@ def make(
     | "positions", "velocities" | those entries of the own observation alone |
     | "state" | enough to make the process Markov (but for the clock that truncates) |
 
-    The "state" of Gymnax's and Brax's physics is the own observation. Everywhere else every leaf of
-    the hidden state follows the own observation. `privileged` gives the critic the "state" apart.
-    `backend` is for Brax alone. The remaining keywords are fields of the environment's parameters
-    or of its constructor. Raises ValueError for what cannot be opened.
+    The "state" of Gymnax's and Brax's physics is the own observation, and behind it what
+    `HiddenBodies` draws. An environment with `see_state` says itself what its "state" is. For all
+    others every leaf of the hidden state follows the own observation. `privileged` gives the critic
+    the "state" apart. `backend` is for Brax alone. The remaining keywords are fields of the
+    environment's parameters or of its constructor. Raises ValueError for what cannot be opened.
     """
     _check("field to observe", observe, OBSERVABLE)
     for word, value in params.items():
@@ -132,13 +150,10 @@ def make(
 
 
 def _state_view(env: Environment) -> View:
-    """What makes the process Markov. Gymnax's and Brax's physics show positions and velocities.
-
-    (The joints of Brax's spring and positional backends give way a little, which no observation of
-    joints shows.)
-    """
-    physics = env.name in _VELOCITY_FIELDS or isinstance(env, Brax)
-    return own if physics else own_and_state
+    """What makes the process Markov. Gymnax's physics show positions and velocities."""
+    if isinstance(env, ShowsState):
+        return env.see_state
+    return own if env.name in _VELOCITY_FIELDS else own_and_state
 
 
 def _velocity_entries(env: Environment, params: Any) -> np.ndarray | None:

@@ -1,7 +1,7 @@
 """`Adapter`: what the policy and the critic see of an environment, and how a policy acts there."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,15 @@ from spg.envs.tabular import Tabular
 from spg.types import Observation, Spec
 
 View = Callable[[Array, PyTree], Array]  # (flat own observation, environment state) -> what is seen
+
+
+@runtime_checkable
+class ShowsState(Protocol):
+    """An environment that says itself what makes its process Markov, in place of all leaves."""
+
+    def see_state(self, obs: Array, state: Any) -> Array:
+        """From the own observation and the environment's state, `[D]`."""
+        ...
 
 
 class AdapterState(NamedTuple):

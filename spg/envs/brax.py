@@ -25,12 +25,15 @@ from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
+from spg.envs.hidden_bodies import FIELDS, Hidden, HiddenBodies
+
 BACKENDS = ("generalized", "spring", "positional", "mjx")
 
 
 class BraxState(NamedTuple):
     brax: Any
     time: Int[Array, ""]
+    hidden: Hidden | None = None
 
 
 @struct.dataclass
@@ -41,11 +44,12 @@ class BraxParams:
 class Brax(Environment):
     """A Brax environment: its `done` terminates, the clock of `params` truncates.
 
-    Actions are in [-1, 1], as everywhere in Brax; keys may be typed or legacy.
+    Actions are in [-1, 1], as everywhere in Brax; keys may be typed or legacy. With `bodies` every
+    episode draws masses, a payload or a wind, which only the state shows.
     """
 
-    def __init__(self, env: Any, name: str):
-        self.brax = env
+    def __init__(self, env: Any, name: str, bodies: HiddenBodies | None = None):
+        self.brax, self.bodies = env, bodies
         self._name = name
 
     @property
@@ -53,23 +57,42 @@ class Brax(Environment):
         return BraxParams()
 
     def reset_env(self, key: PRNGKeyArray, params: BraxParams) -> tuple[Any, BraxState]:
-        state = BraxState(self.brax.reset(key), jnp.int32(0))
+        hidden = None
+        if self.bodies is not None:
+            key, hidden_key = jr.split(key)
+            hidden = self.bodies.draw(self.brax, key=hidden_key)
+        state = BraxState(self._embodied(hidden).reset(key), jnp.int32(0), hidden)
         return state.brax.obs, state
 
     def step_env(
         self, key: PRNGKeyArray, state: BraxState, action: Array, params: BraxParams
     ) -> tuple[Any, BraxState, Array, Array, dict]:
         before = jax.tree.map(lambda x: x, state.brax)  # Brax writes into the state's dictionaries
-        after = self.brax.step(before, action)
+        after = self._embodied(state.hidden).step(before, action)
         info = {"discount": 1.0 - after.done, "metrics": after.metrics}
         reward, terminated = jnp.asarray(after.reward), jnp.asarray(after.done, bool)
-        return after.obs, BraxState(after, state.time + 1), reward, terminated, info
+        state = BraxState(after, state.time + 1, state.hidden)
+        return after.obs, state, reward, terminated, info
 
     def observe(self, key: PRNGKeyArray, state: BraxState, action: Any, params: BraxParams) -> Any:
         return state.brax.obs
 
     def is_terminated(self, state: BraxState, params: BraxParams) -> Bool[Array, ""]:
         return jnp.asarray(state.brax.done, bool)
+
+    def see_state(self, obs: Array, state: BraxState) -> Array:
+        """The own observation, which shows positions and velocities, and the hidden draws.
+
+        (The joints of the spring and positional backends give way a little, which no observation of
+        joints shows.)
+        """
+        return jnp.concatenate([obs, *map(jnp.ravel, jax.tree.leaves(state.hidden))])
+
+    def _embodied(self, hidden: Hidden | None) -> Any:
+        """The Brax environment of an episode."""
+        if self.bodies is None or hidden is None:
+            return self.brax
+        return self.bodies.embody(self.brax, hidden)
 
     @property
     def name(self) -> str:
@@ -94,23 +117,27 @@ def names() -> list[str]:
 
 
 def arguments(name: str) -> list[str]:
-    """The constructor keywords of a Brax environment, but for the backend."""
+    """The keywords of `load`: those of a Brax environment's constructor, and `HiddenBodies`'."""
     with _quiet():
         from brax import envs
     keywords = inspect.signature(envs._envs[name]).parameters.values()
     own = [p.name for p in keywords if p.kind is not p.VAR_KEYWORD and p.name != "backend"]
-    return [*own, "n_frames"]
+    return [*own, "n_frames", *FIELDS]
 
 
 def load(name: str, backend: str | None, **keywords: Any) -> Brax:
     """Open `name`. The default backend is spring, the fastest on a CPU, where Brax has it."""
+    bodies = HiddenBodies(**{k: keywords.pop(k) for k in FIELDS if k in keywords})
+    drawn = bodies != HiddenBodies()
+    if drawn and name == "fast":
+        raise ValueError("'brax/fast' has no bodies to change; leave out mass_range, payload, wind")
     with _quiet():
         from brax import envs
 
         if backend is None:
             backend = "generalized" if name == "swimmer" else "spring"
         env = envs.get_environment(name, backend=backend, **keywords)
-    return Brax(env, f"brax/{name}")
+    return Brax(env, f"brax/{name}", bodies if drawn else None)
 
 
 def velocity_entries(env: Brax) -> np.ndarray | None:

@@ -33,12 +33,14 @@ class Panel(NamedTuple):
 
 
 def save(kernel: Kernel, env: Env, out: Path, *, title: str, key: PRNGKeyArray) -> list[Path]:
-    """Write `rollout.png`; `rollout.html` for Brax, `rollout.gif` for physics and worlds.
+    """Write `rollout.png`; also `rollout.html`, `rollout.gif` or `paths.png`.
 
-    In the picture time goes to the right, and a vertical line opens an episode. The page loads
-    Brax's viewer from the network. Worlds are those of at most `DRAWN` states.
+    The page is for Brax, the animation for physics and worlds, the paths are for `PointMass` and
+    `Doors`. In the rollout time goes to the right, and a vertical line opens an episode. The page
+    loads Brax's viewer from the network. Worlds are those of at most `DRAWN` states.
     """
     from spg.envs import Brax, Tabular, render  # here: importing gymnax starts JAX's backend
+    from spg.training import paths  # which imports it too
 
     clock = env.params.max_steps_in_episode
     num_steps = ENDLESS if clock is None else int(np.clip(clock, LEAST, MOST))
@@ -57,17 +59,23 @@ def save(kernel: Kernel, env: Env, out: Path, *, title: str, key: PRNGKeyArray) 
     if isinstance(own, Brax):
         written.append(out / "rollout.html")
         write(written[1], render(own, states))
+    if own.name in paths.PATHS:
+        written.append(out / "paths.png")
+        paths.save(kernel, env, own, written[1], key=key)
     return written
 
 
 def save_page(kernels: Kernel, env: Env, out: Path, *, num_steps: int = 300) -> None:
-    """Write `rollout.html` for the first of the kernels, if the environment is one of Brax."""
+    """Of the first of the kernels: `rollout.html` in Brax, `paths.png` in `PointMass`, `Doors`."""
     from spg.envs import Brax, render  # here: importing gymnax starts JAX's backend
+    from spg.training import paths  # which imports it too
 
-    first = jax.tree.map(lambda x: x[0], kernels)
-    if isinstance(_own(env), Brax):
-        own, states, _ = _play(first, env, num_steps=num_steps, key=jr.key(0))
+    first, own = jax.tree.map(lambda x: x[0], kernels), _own(env)
+    if isinstance(own, Brax):
+        _, states, _ = _play(first, env, num_steps=num_steps, key=jr.key(0))
         write(out / "rollout.html", render(own, states))
+    if own.name in paths.PATHS:
+        paths.save(first, env, own, out / "paths.png", key=jr.key(0))
 
 
 def _own(env: Env) -> Any:

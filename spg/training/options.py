@@ -50,8 +50,8 @@ class EnvConfig:
 
     env: str = "CartPole-v1"
     """a Gymnax environment, brax/<name>, package.module:Class of your own, or one of ours:
-    TMaze-memory, RepeatFirst-memory, RecallCards-memory, and the finite worlds, as heavenhell-pomdp
-    and ringworld-pomdp, in episodes of max_steps_in_episode"""
+    TMaze-memory, RepeatFirst-memory, RecallCards-memory, PointMass-memory, Doors-memory, and the
+    finite worlds, as heavenhell-pomdp and ringworld-pomdp, in episodes of max_steps_in_episode"""
     observe: Literal["all", "positions", "velocities", "state"] = "positions"
     """what the policy sees"""
     previous_action: bool = False
@@ -63,7 +63,9 @@ class EnvConfig:
     ] = None
     """physics of Brax; by default spring, the fastest on a CPU"""
     env_params: dict[str, Annotated[float, Range()]] = field(default_factory=dict)
-    """parameters of the environment to change, e.g. --env-params length 50"""
+    """parameters of the environment to change, e.g. --env-params length 50; bodies of Brax also
+    take mass_range, payload and wind: drawn in every episode, shown to an oracle and to a
+    privileged critic"""
 
 
 @dataclass(frozen=True)
