@@ -228,6 +228,6 @@ def test_the_clock_truncates_and_does_not_terminate(name):
     terminated, truncated = walk(jr.key(0))
     assert not terminated.any()
     assert truncated.tolist() == [False, False, True] * 2 + [False]
-    assert envs.make(name).params.max_steps_in_episode == 200
+    assert envs.make(name).params.max_steps_in_episode == 400
     with pytest.raises(ValueError, match="max_steps_in_episode is 0; it has to be"):
         envs.make(name, max_steps_in_episode=0)

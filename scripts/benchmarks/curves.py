@@ -1,8 +1,9 @@
 """The README's learning results: every kind of memory on one task, one picture and one table.
 
     python scripts/benchmarks/curves.py --task cartpole
+    python scripts/benchmarks/curves.py --task pointmass --algorithm sac
 
-Each training is a run of its own under --out, as `scripts/ppo.py` would leave it; one that is
+Each training is a run of its own under --out, as the script of the algorithm would leave it; one that is
 complete is not run again, one that was cut short is resumed.
 """
 
@@ -14,15 +15,22 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import jax
+import jax.numpy as jnp
+import jax.random as jr
 import ppo
+import sac
+import td3
 
+from spg.envs.point_mass import Doors, PointMass
 from spg.limits import Count, Seed, check
-from spg.training import cli, options, plots, summaries, tables
+from spg.rollout import reset, rollout
+from spg.training import cli, options, plots, policies, summaries, tables
 
 Task = Literal[
     "cartpole", "acrobot", "pendulum", "memorychain", "tmaze10", "tmaze50", "tmaze200",
     "recall10", "recall50", "cards", "ringworld", "halfcheetah", "ant", "hopper", "walker2d",
-    "units-cartpole", "units-memorychain", "units-tmaze10",
+    "units-cartpole", "units-memorychain", "units-tmaze10", "pointmass", "doors",
 ]  # fmt: skip
 
 
@@ -30,12 +38,14 @@ Task = Literal[
 class Config:
     task: Task = "cartpole"
     """the environment, or a comparison of units in one"""
+    algorithm: Literal["ppo", "sac", "td3"] = "ppo"
+    """sac and td3 are for the tasks with continuous actions, and show the critic the full state"""
     num_seeds: Count = 8
     """of each training"""
     seed: Seed = 0
     """of the first training; the others take the next integers"""
     out: str | None = None
-    """by default runs/curves-<task>"""
+    """by default runs/curves-<task>, or runs/curves-<task>-<algorithm>"""
     methods: tuple[str, ...] = ()
     """which of the task's methods; by default all"""
 
@@ -68,6 +78,20 @@ RINGWORLD: dict[str, dict[str, Any]] = {
     **{name: UNITS[name] for name in ("linear-64", "gated-64", "GRU-64")},
     **{name: METHODS[name] for name in METHODS if name not in ("window-5", "oracle")},
 }
+OFF_POLICY: dict[str, dict[str, Any]] = {
+    "S2PG": {},
+    "S2PG rolled-8": {"segment_length": 8},
+    "S2PG rolled-32": {"segment_length": 32},
+    "S2PG stale": {"refresh": False},
+    "S2PG linear": {"cell": "linear"},
+    "BPTT-5": {"memory": "bptt", "segment_length": 5, "loss_steps": "last"},
+    "BPTT-10": {"memory": "bptt", "segment_length": 10, "loss_steps": "last"},
+    "BPTT-32": {"memory": "bptt", "segment_length": 32},
+    "window-5": {"memory": "window", "window": 5},
+    "none": {"memory": "none"},
+    "oracle": {"memory": "oracle"},
+}
+SCRIPTS: dict[str, Any] = {"ppo": ppo, "sac": sac, "td3": td3}
 
 
 MEMORY: dict[str, Any] = {"observe": "all", "entropy_coef": 0.03}
@@ -96,29 +120,81 @@ TASKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def task(name: Task) -> tuple[ppo.Config, dict[str, dict[str, Any]]]:
+OFF_POLICY_TASKS: dict[str, dict[str, Any]] = {
+    "pointmass": {},
+    "doors": {"env": "Doors-memory"},
+    "pendulum": {"env": "Pendulum-v1", "observe": "positions", "gamma": 0.95},
+    **{
+        n: {
+            "env": f"brax/{n}", "observe": "positions", "previous_action": True,
+            "env_params": {"mass_range": 0.3}, "target_entropy": -1.0, "hidden": (256, 256),
+            "total_steps": 500_000, "checkpoints": 10, "eval_episodes": 8,
+        }
+        for n in ("halfcheetah", "ant", "hopper", "walker2d")
+    },
+}  # fmt: skip
+
+
+def task(name: str, algorithm: str = "ppo") -> tuple[Any, dict[str, dict[str, Any]]]:
     """The configuration that all methods share, and the methods to compare.
 
     Cell, noise, size of z and what is not in `TASKS` are the defaults, the same in every task.
     """
+    tasks = TASKS if algorithm == "ppo" else OFF_POLICY_TASKS
+    if name.removeprefix("units-") not in tasks:
+        raise ValueError(f"task {name!r} is not for {algorithm}; choose from {', '.join(tasks)}")
+    if algorithm != "ppo":
+        words = {k: v for k, v in tasks[name].items() if algorithm == "sac" or "entropy" not in k}
+        return replace(SCRIPTS[algorithm].Config(), **words), OFF_POLICY
     methods = RINGWORLD if name == "ringworld" else METHODS
     if name.startswith("units-"):
-        name, methods = name.removeprefix("units-"), UNITS  # type: ignore[assignment]
+        name, methods = name.removeprefix("units-"), UNITS
     return replace(ppo.Config(), **TASKS[name]), methods
+
+
+def success(directory: Path, num_episodes: int = 256) -> dict[str, str]:
+    """Of a run in `PointMass` or `Doors`: the share of episodes that reach the goal.
+
+    Mean over seeds of the sampled policy, and the seeds' least and largest.
+    """
+    run = policies.load(directory)
+    own = run.env.environment.inner  # type: ignore[attr-defined]
+    if not isinstance(own, PointMass | Doors):
+        return {}
+
+    def reaches(kernel, key):
+        reset_key, key = jr.split(key)
+        start = reset(kernel, run.env, key=reset_key)
+        num_steps = int(run.env.params.max_steps_in_episode)
+        _, steps, _ = rollout(kernel, run.env, start, num_steps=num_steps, key=key)
+        ended = steps.terminated | steps.truncated
+        alive = jnp.cumsum(ended) - ended == 0  # up to the first end, included
+        return (alive & (steps.reward >= own.success_reward)).any()
+
+    each = jax.vmap(lambda kernel, keys: jax.vmap(lambda k: reaches(kernel, k))(keys).mean())
+    keys = jr.split(jr.key(0), (len(run.seeds), num_episodes))
+    rates = jax.jit(each)(run.kernels, keys)
+    return {
+        "success": f"{rates.mean():.3f}",
+        "seeds_from_to": f"{rates.min():.3f} to {rates.max():.3f}",
+    }
 
 
 def main(config: Config) -> None:
     check(config)
-    shared, methods = task(config.task)
+    shared, methods = task(config.task, config.algorithm)
     unknown = [m for m in config.methods if m not in methods]
     if unknown:
         raise ValueError(f"unknown methods {unknown}; choose from {', '.join(methods)}")
-    out = Path(config.out or f"runs/curves-{config.task}")
+    suffix = "" if config.algorithm == "ppo" else f"-{config.algorithm}"
+    out = Path(config.out or f"runs/curves-{config.task}{suffix}")
     shared = replace(shared, num_seeds=config.num_seeds, seed=config.seed)
     rows, curves = [], []
     for name in config.methods or methods:
         directory = out / name.replace(" ", "-")
-        summary = cli.train(ppo.make, replace(shared, **methods[name]), directory)
+        summary = cli.train(
+            SCRIPTS[config.algorithm].make, replace(shared, **methods[name]), directory
+        )
         curves.append(summaries.read_curve(directory, name))
         low, high = summary["final_return_ci95"]
         rows.append(
@@ -130,6 +206,7 @@ def main(config: Config) -> None:
                 "iqm": f"{summary['final_return_iqm']:.4g}",
                 "ci95": f"{low:.4g} to {high:.4g}",
                 "noise_free": f"{summary['final_return_noise_free_mean']:.4g}",
+                **success(directory),
                 "steps_per_s": f"{summary['steps_per_second']:.0f}",
             }
         )

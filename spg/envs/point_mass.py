@@ -43,7 +43,7 @@ class DoorsState(NamedTuple):
 
 @struct.dataclass
 class PointParams:
-    max_steps_in_episode: Annotated[Any, Range(1, 2**31 - 1, whole=True)] = 200
+    max_steps_in_episode: Annotated[Any, Range(1, 2**31 - 1, whole=True)] = 400
 
 
 def reached(position: Float[Array, "*T 2"], goal: Float[Array, "2"]) -> Bool[Array, ""]:
@@ -106,7 +106,7 @@ class PointMass(_Point):
     policy sees (p, goal)/150 within `start_radius` = 30 of the start and (p, 0)/150 elsewhere. The
     reward is exp(-|goal - p|/10) where a step ends; leaving the field pays -2 and terminates. The
     goal does not: the best to do there is to alternate between 0 and 1.8 away, for .9176 per step.
-    The straight way takes 64 to 83 steps. An episode has 1000 in the paper, by default 200 here.
+    The straight way takes 64 to 83 steps. An episode has 1000 in the paper, by default 400 here.
 
     The state is (p, goal)/150, as the critic's in the paper. It decides what is earned and when the
     episode ends. Where the policy sees its goal depends on the start too, which the state lacks.
@@ -154,7 +154,7 @@ class Doors(_Point):
     The point cannot leave the field. It touches wall i if a substep begins within 2.5 of its height
     and not inside the door, e_i + 2 < x < e_i + 38, which pays -2 and terminates. Else the reward
     is 10 exp(-.03 |goal - p|) where a step ends. The straight way takes 73 steps; a blind one
-    passes both doors with probability .16. An episode has 1000 in the paper, by default 200 here.
+    passes both doors with probability .16. An episode has 1000 in the paper, by default 400 here.
     The state is (p, e₁, e₂)/150.
     """
 

@@ -42,19 +42,24 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     segment_length: Annotated[int, Range(0, 2**31 - 1, whole=True)] = 0
     """L, consecutive steps of a sample, which are run again from the first stored z: for s2pg the
     reach of a refresh, for bptt that of gradients too; 0: 32 for bptt, otherwise 1"""
+    cell: Annotated[Literal["gru", "linear", "lru", "gated"], Needs(memory=DRAWN)] = "gru"
+    """the unit that places z' (s2pg, bptt)"""
+    z_size: Annotated[Size, Needs(memory=DRAWN)] = 8
+    """size of the internal state (s2pg, bptt). Where z' is drawn, Q has to be right for every z'
+    that the policy may turn to: the more entries, the more room for error"""
     hidden: tuple[Size, ...] = (64, 64)
     """widths of the hidden layers of policy head and critics"""
-    total_steps: Total = 500_000
+    total_steps: Total = 300_000
     """environment steps of each seed, after those of --learning-starts"""
     num_envs: Count = 64
     """environments side by side"""
     num_steps: Count = 4
     """steps of each environment between updates"""
-    updates_per_step: Annotated[float, Range(0, 1000, open="low")] = 2.0
+    updates_per_step: Annotated[float, Range(0, 1000, open="low")] = 8.0
     """gradient steps for a step of all environments"""
-    batch_size: Count = 512
+    batch_size: Count = 256
     """steps whose losses make a gradient"""
-    buffer_size: Count = 262_144
+    buffer_size: Count = 131_072
     """steps of each seed that are kept"""
     learning_starts: Count = 8_192
     """steps of each seed by the first policy: for the statistics, and again to fill the buffer"""
@@ -64,7 +69,7 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     """of Adam, for critics and temperatures"""
     actor_learning_rate: Positive = 3e-4
     """of Adam, for the policy"""
-    target_rate: Annotated[float, Range(0, 1, open="low")] = 0.005
+    target_rate: Annotated[float, Range(0, 1, open="low")] = 0.05
     """the way that targets go to what is trained, in each gradient step"""
     layer_norm: bool = True
     """normalise the layers of critics"""
