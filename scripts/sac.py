@@ -57,7 +57,7 @@ class Config(OffPolicyConfig):
     learn_temperature: bool = True
     """keep the entropy of actions at --target-entropy"""
     target_entropy: Annotated[float, Range(-100, 0.69)] = -0.3
-    """nats for each dimension of an action; 0.69 is that of uniform actions, -1 usual in robotics"""
+    """nats for each dimension of an action; 0.69 is that of uniform ones, -1 usual for robots"""
     state_temperature: Annotated[Positive, Needs(memory="s2pg")] = 1e-6
     """τ_z, the weight of the entropy of z', at the start (s2pg); 0.01 in the paper, for rewards of
     about 1 a step"""

@@ -3,7 +3,7 @@
     python scripts/benchmarks/curves.py --task cartpole
     python scripts/benchmarks/curves.py --task pointmass --algorithm sac
 
-Each training is a run of its own under --out, as the script of the algorithm would leave it; one that is
+Each training is a run of its own under --out, as the algorithm's script would leave it; one that is
 complete is not run again, one that was cut short is resumed.
 """
 
