@@ -22,7 +22,6 @@ import ppo
 import sac
 import td3
 
-from spg.envs.point_mass import Doors, PointMass
 from spg.limits import Count, Seed, check
 from spg.rollout import reset, rollout
 from spg.training import cli, options, plots, policies, summaries, tables
@@ -157,6 +156,8 @@ def success(directory: Path, num_episodes: int = 256) -> dict[str, str]:
 
     Mean over seeds of the sampled policy, and the seeds' least and largest.
     """
+    from spg.envs.point_mass import Doors, PointMass  # here: it starts JAX's backend
+
     run = policies.load(directory)
     own = run.env.environment.inner  # type: ignore[attr-defined]
     if not isinstance(own, PointMass | Doors):
