@@ -5,6 +5,16 @@ likelihoods that they take (`istate`, `exp_istate`, `responsibilities`) are impo
 """
 
 from spg.estimators import gpomdp
+from spg.estimators.actor_critic import (
+    Choice,
+    Smoothing,
+    choose,
+    polyak,
+    smoothed_choice,
+    soft_loss,
+    target,
+    temperature_loss,
+)
 from spg.estimators.bounds import Constants, bptt_variance_bound, s2pg_variance_bound
 from spg.estimators.gpomdp import exp_istate, exp_istate_by_observations, istate
 from spg.estimators.held import (
@@ -21,11 +31,14 @@ from spg.estimators.statistics import joint_kl, observe, observe_critic, start_s
 from spg.estimators.surrogate import Divergence, Surrogate, divergence, ppo_surrogate
 
 __all__ = [
+    "Choice",
     "Constants",
     "Divergence",
     "MixedTerms",
+    "Smoothing",
     "Surrogate",
     "bptt_variance_bound",
+    "choose",
     "direct_estimate",
     "discounted_returns",
     "divergence",
@@ -40,13 +53,18 @@ __all__ = [
     "mixed_surrogate",
     "observe",
     "observe_critic",
+    "polyak",
     "ppo_surrogate",
     "reinforce",
     "responsibilities",
     "returns_to_go",
     "s2pg_variance_bound",
     "score_estimate",
+    "smoothed_choice",
+    "soft_loss",
     "start_statistics",
+    "target",
+    "temperature_loss",
     "value_slope",
     "window_returns",
 ]

@@ -181,6 +181,7 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
             diverged={int(numbers[i]): int(diverged[i]) for i in np.flatnonzero(diverged)},
             clock=clock,
             env_steps=algorithm.first_steps + algorithm.num_updates * algorithm.steps_per_update,
+            first_steps=algorithm.first_steps,
             facts={"devices": [d.device_kind for d in shared], "jax": jax.__version__},
         )
 

@@ -20,9 +20,12 @@ def summarise(
     diverged: dict[int, int],
     clock: dict[str, float],
     env_steps: int,
+    first_steps: int,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Write `summary.json` and `curve.png`, and return the summary.
+
+    The steps of a second are without the `first_steps`, which are no part of the training's time.
 
     `seeds` are those that finished, `diverged` the update at which each other one ended. The final
     return, or average reward, is that of the sampled policy over the last tenth of training (of
@@ -51,7 +54,7 @@ def summarise(
         "diverged": {str(seed): update for seed, update in diverged.items()},
         "env_steps": env_steps,
         **{k: round(v, 3) for k, v in clock.items()},
-        "steps_per_second": round(env_steps * every / seconds, 1),
+        "steps_per_second": round((env_steps - first_steps) * every / seconds, 1),
         "updates_per_second": round(num_updates * every / seconds, 3),
         **facts,
     }
