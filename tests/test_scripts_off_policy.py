@@ -177,7 +177,7 @@ REFUSALS = [
     ({"env": "CartPole-v1"}, "continuous actions, and those of CartPole-v1 are discrete: script"),
     ({"updates_per_step": 0.1}, "updates_per_step 0.1 x num_steps 2 is less than one gradient"),
     ({"total_steps": 7}, "total_steps 7 is less than one update of 4 x 2 steps"),
-    ({"buffer_size": 2**31 - 1, "num_envs": 64}, "GiB of memory"),
+    ({"buffer_size": 2**31 - 1, "num_seeds": 8}, "GiB of memory"),
     ({"target_rate": 0.0}, "target_rate is 0.0"),
     ({"critics": 0}, "critics is 0"),
     ({"memory": "kstep"}, "unknown memory 'kstep'"),
