@@ -33,6 +33,7 @@ SCRIPTS = [(sac, SAC), (td3, TD3)]
 PENDULUM = {"env": "Pendulum-v1", "observe": "positions", "previous_action": True}
 DDPG = {"critics": 1, "target_noise": 0.0, "policy_delay": 1}
 BPTT = {"memory": "bptt", "segment_length": 2}
+LAST = {"loss_steps": "last", "batch_size": 4}
 
 
 def two_updates(script, config, tmp_path):
@@ -54,9 +55,9 @@ def two_updates(script, config, tmp_path):
         (td3, TD3, {}),
         slow(sac, SAC, BPTT | PENDULUM),
         slow(td3, TD3, BPTT),
-        slow(sac, SAC, BPTT | {"loss_steps": "last", "refresh": False}),
-        slow(td3, TD3, BPTT | {"loss_steps": "last", "cell": "gru"}),
-        slow(sac, SAC, {"segment_length": 4, "cell": "lru", "learn_state_temperature": True}),
+        slow(sac, SAC, BPTT | LAST | {"refresh": False}),
+        slow(td3, TD3, BPTT | LAST | {"cell": "gru"}),
+        slow(sac, SAC, {"segment_length": 2, "cell": "lru", "learn_state_temperature": True}),
         slow(td3, TD3, {"refresh": False, "cell": "lru"}),
         slow(sac, SAC, {"memory": "window", "critic_state": False, "layer_norm": False}),
         slow(td3, TD3, {"memory": "window"}),
@@ -68,7 +69,7 @@ def two_updates(script, config, tmp_path):
 def test_two_updates(script, config, words, tmp_path):
     data = two_updates(script, replace(config, **words), tmp_path)
     memory = words.get("memory", "s2pg")
-    assert (data["staleness"] > 1e-4).all() == (memory in ("s2pg", "bptt"))
+    assert (data["staleness"] > 1e-4).all() == (memory in ("s2pg", "bptt", "window"))
     if script is sac:
         assert (data["entropy_z"] != 0).all() == (memory == "s2pg")
         assert np.isclose(data["temperature"][:, 0], 0.1, rtol=1e-2).all()
@@ -98,7 +99,10 @@ def test_a_seed_is_alone_what_it_is_among_others(script, config):
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "config"), SCRIPTS)
 def test_the_buffer_holds_the_last_steps_in_a_chain(script, config):
-    """After updates and refreshes: z is z' of the row before, or z0 where an episode opens."""
+    """After updates and refreshes: z is z' of the row before, or z0 where an episode opens.
+
+    The policy had gone on from z' of a rollout's last step when that was refreshed.
+    """
     config = replace(config, buffer_size=40, total_steps=64, segment_length=2)
     env = options.make_env(config)
     step = lambda state, _: script.step(config, env, state)
@@ -111,7 +115,8 @@ def test_the_buffer_holds_the_last_steps_in_a_chain(script, config):
     follows = ~steps.first[1:]
     assert follows.any()
     assert (~follows).any()
-    assert np.array_equal(steps.z[1:][follows], steps.z_next[:-1][follows])
+    inside = follows & (np.arange(9) % config.num_steps < config.num_steps - 1)[:, None]
+    assert np.array_equal(steps.z[1:][inside], steps.z_next[:-1][inside])
     assert not steps.z[steps.first].any()
     assert np.array_equal(steps.obs.policy[1:][follows], steps.final_obs.policy[:-1][follows])
     assert np.abs(steps.action).max() <= 1
@@ -159,12 +164,13 @@ def test_training_vmaps_over_hyper_parameters(script, config, sweep):
         metrics = lax.scan(step, state, length=2)[1].metrics
         return metrics["critic_loss"], metrics["actor_loss"]
 
-    values = jnp.array([getattr(config, sweep), 0.5])
+    default = getattr(config, sweep)
+    values = jnp.array([default, default / 2])
     losses = jax.jit(jax.vmap(train, (0, None)))(values, jr.key(0))
-    single = jax.jit(partial(train, 0.5))(jr.key(0))
+    single = jax.jit(partial(train, default / 2))(jr.key(0))
     for found, true in zip(losses, single, strict=True):
         np.testing.assert_allclose(found[1], true, rtol=1e-3)
-    assert losses[0][0, 1] != pytest.approx(losses[0][1, 1], rel=1e-4)
+    assert not np.isclose(losses[0][0, 1], losses[0][1, 1], rtol=1e-4)
 
 
 REFUSALS = [
