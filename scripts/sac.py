@@ -118,7 +118,7 @@ def gradient_step(
         log_probs = choice.log_prob_action, choice.log_prob_z
         parts = zip(learn, log_temperature, log_probs, goals, strict=True)
         losses = [yes * jnp.mean(temperature_loss(x, p, goal)) for yes, x, p, goal in parts]
-        return sum(losses), None
+        return sum(losses, jnp.zeros(())), None
 
     log_temperature, temperature_state, _, _ = descend(
         config.learning_rate, entropy_loss, log_temperature, opt_states[2]
