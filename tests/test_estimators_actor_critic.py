@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -52,7 +52,7 @@ class SmoothHead(eqx.Module):
         return TanhNormal(mean, 0.4 * jnp.exp(0.3 * jnp.tanh(change)))
 
 
-def make_policy(cell="drawn", head=DeterministicHead, *, z_size=3, key=0):
+def make_policy(cell="drawn", head: Any = DeterministicHead, *, z_size=3, key=0):
     cell_key, head_key, jitter_key = jr.split(jr.key(key), 3)
     location = GRU(2, z_size, key=cell_key)
     noisy = Drawn(NormalAround(location, jnp.full(z_size, math.log(STD))))
@@ -347,7 +347,8 @@ def test_smoothing_stays_within_its_bounds_around_the_mode(cell):
     if cell == "computed":
         assert np.array_equal(z_next, np.broadcast_to(at, z_next.shape))
     else:
-        apart = (z_next - at) / kernel.cell(obs, z).std
+        law: Any = kernel.cell(obs, z)
+        apart = (z_next - at) / law.std
         assert np.allclose(np.abs(apart).max(0), 1.25)
         inside = apart[np.abs(apart) < 1.2499].ravel()  # ±2.5 deviations of the noise
         cut = math.sqrt(2 / math.pi) * 2.5 * math.exp(-(2.5**2) / 2) / math.erf(2.5 / math.sqrt(2))

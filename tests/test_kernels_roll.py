@@ -1,6 +1,8 @@
 """A recorded segment run again, and the parts of policies and critics that learn from a buffer."""
 
 import math
+from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -19,7 +21,8 @@ from spg.types import Observation
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-KERNELS = [("gru", None), ("gru", 0.3), ("linear", 0.3), ("lru", 0.3), ("window", None)]
+slow = partial(pytest.param, marks=pytest.mark.slow)
+KERNELS = [("gru", None), slow("gru", 0.3), slow("linear", 0.3), ("lru", 0.3), slow("window", None)]
 STARTS = (2, 3, 6)  # the segment opens inside an episode; one episode has a single step
 
 roll = eqx.filter_jit(lambda kernel, steps, key=None: kernel.roll(steps, key=key))
@@ -57,7 +60,7 @@ def test_with_noise_a_roll_chains_draws_of_the_cell(name, state_std):
     assert np.allclose(rolled.z[0], steps.z[0])
     for t in range(1, 8):
         assert np.array_equal(rolled.z[t], kernel.z0 if t in STARTS else rolled.z_next[t - 1])
-    law = jax.vmap(kernel.cell)(steps.obs, rolled.z)
+    law: Any = jax.vmap(kernel.cell)(steps.obs, rolled.z)
     truth = jax.vmap(lambda law, x: law.log_prob(x))(law, rolled.z_next)
     assert np.allclose(rolled.log_prob, truth, rtol=1e-9, atol=1e-12)
     if state_std is not None:
@@ -72,7 +75,7 @@ def test_the_noise_of_a_roll_is_that_of_the_cell_and_fresh_in_every_step():
     @jax.vmap
     def noise(key):
         rolled = kernel.roll(steps, key=key)
-        law = jax.vmap(kernel.cell)(steps.obs, rolled.z)
+        law: Any = jax.vmap(kernel.cell)(steps.obs, rolled.z)
         return ((rolled.z_next - law.loc) / law.std).ravel()
 
     number = 4000
@@ -109,11 +112,11 @@ def test_gradients_of_a_drawn_roll_are_those_of_its_steps_alone(key):
     """z' = location(o, z) + σ n, with constants for z and n in every step."""
     kernel, steps = make("gru", 0.3, num_steps=5, starts=(2,))
     rolled = roll(kernel, steps, key)
-    law = jax.vmap(kernel.cell)(steps.obs, rolled.z)
+    law: Any = jax.vmap(kernel.cell)(steps.obs, rolled.z)
     noise = (rolled.z_next - law.loc) / law.std
 
     def alone(kernel):
-        law = jax.vmap(kernel.cell)(steps.obs, rolled.z)
+        law: Any = jax.vmap(kernel.cell)(steps.obs, rolled.z)
         return law.loc + law.std * noise
 
     weight = jr.normal(jr.key(4), noise.shape)

@@ -2,6 +2,7 @@
 
 from collections import deque
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,8 @@ def make_rows(start, count, num_columns, *, first=0.3):
               for k, x in after.items()}  # fmt: skip
     no = np.zeros(opens.shape, bool)
     reward = number.astype(float)
-    row = Transition(reward[..., None], before, number, after, reward, opens, no, no, -reward)
-    return jax.tree.map(jnp.asarray, row)
+    row: Any = (reward[..., None], before, number, after, reward, opens, no, no, -reward)
+    return Transition(*jax.tree.map(jnp.asarray, row))
 
 
 def fill(capacity, written, num_columns=3, **words):
@@ -242,7 +243,7 @@ def test_a_step_makes_no_copy_of_the_ring():
         )
         total = jax.ShapeDtypeStruct((2,), float)
         train = jax.jit(jax.vmap(train, (0, 0, None)), donate_argnums=0)
-        memory = train.lower(rings, total, 3).compile().memory_analysis()
+        memory: Any = train.lower(rings, total, 3).compile().memory_analysis()
         assert memory.alias_size_in_bytes > capacity * 16 * 8
         return memory.temp_size_in_bytes
 
