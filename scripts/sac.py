@@ -107,7 +107,7 @@ def gradient_step(
         one = lambda segment, key: choose(kernel, critic, segment, last=config.last, key=key)
         choice = jax.vmap(one)(segments, keys)
         weights = {"temperature": temperature, "state_temperature": state_temperature}
-        return jnp.mean(soft_loss(choice, **weights)), choice
+        return jnp.mean(jax.vmap(partial(soft_loss, **weights))(choice)), choice
 
     rate = config.actor_learning_rate
     kernel, kernel_state, actor_loss, choice = descend(rate, policy_loss, kernel, opt_states[0])

@@ -163,6 +163,22 @@ class Identity(eqx.Module):
 
 def _orthogonal(n: int, m: int, *, gain: float, key: PRNGKeyArray) -> eqx.nn.Linear:
     weight_key, layer_key = jr.split(key)
-    weight = jax.nn.initializers.orthogonal(gain)(weight_key, (m, n))
     layer = eqx.nn.Linear(n, m, key=layer_key)
+    weight = gain * orthogonal(m, n, key=weight_key)
     return eqx.tree_at(lambda l: (l.weight, l.bias), layer, (weight, jnp.zeros(m)))
+
+
+def orthogonal(m: int, n: int, *, key: PRNGKeyArray) -> Float[Array, "{m} {n}"]:
+    """A random matrix with orthonormal rows or, if m > n, columns, uniform among these.
+
+    The polar factor of a normal matrix, by the iteration x <- (3 x - x xᵀ x) / 2 of Newton and
+    Schulz: products alone. QR of LAPACK, two at once, can block for ever on a CPU (jaxlib 0.10).
+    """
+    x = jr.normal(key, (m, n))
+    x = x / (1.2 * (m**0.5 + n**0.5))  # largest singular values are near √m + √n
+    short = m <= n
+
+    def step(_, x):
+        return 1.5 * x - 0.5 * (x @ x.T @ x if short else x @ (x.T @ x))
+
+    return lax.fori_loop(0, 60, step, x)
