@@ -11,20 +11,13 @@ task and an algorithm, and factors are medians, with quartiles, of those within 
 the same --out, commands for different parts fill one table; a part is written when it is measured.
 """
 
-import csv
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -35,14 +28,10 @@ import sac
 import td3
 
 from scripts.benchmarks import timing
+from scripts.benchmarks.offpolicy_programs import NUM_GRADIENTS, NUM_STEPS, actors, learners
 from scripts.benchmarks.timing import spread, with_quartiles
-from spg.kernels.factory import make_kernel
 from spg.limits import Count, Size, check
-from spg.rollout import reset
 from spg.training import cli, options, tables
-from spg.training.loop import State
-from spg.training.off_policy import collect
-from spg.types import Env, Observation, Spec
 
 METHODS: dict[str, dict[str, Any]] = {
     "none": {"memory": "none"},
@@ -70,8 +59,7 @@ td3-humanoid    1.00   1.512    2.896     2.037        4.555       2.024
 td3-walker2d    1.00   1.527    1.724     1.913        4.024       2.245
 """
 """Hours to those of the memoryless policy: table 2, and for the oracle from table 1."""
-NUM_GRADIENTS = 4  # of a timing
-NUM_STEPS = 16  # of a timing of a single environment
+IDENTITY = "task", "algorithm", "method", "hidden", "z_size"  # of a row
 
 
 @dataclass(frozen=True)
@@ -107,28 +95,6 @@ class Config:
     """directory of the results"""
 
 
-class Random:
-    """In place of an environment: random observations of the sizes that `sizes` names."""
-
-    def __init__(self, sizes: Spec):
-        self.sizes = sizes
-
-    def spec(self, params: Any) -> Spec:
-        return self.sizes
-
-    def reset(self, key: PRNGKeyArray, params: Any) -> tuple[Observation, Array]:
-        policy_key, critic_key = jr.split(key)
-        policy = jr.normal(policy_key, (self.sizes.obs_size,))
-        return Observation(policy, jr.normal(critic_key, (self.sizes.critic_size,))), jnp.zeros(())
-
-    def step(self, key: PRNGKeyArray, state: Array, action: Array, params: Any) -> tuple:
-        obs_key, key = jr.split(key)
-        obs, _ = self.reset(obs_key, params)
-        terminated = jr.bernoulli(key, 1e-3)
-        info = {"final_observation": obs}
-        return obs, state, obs.critic[0], terminated, jnp.array(False), info
-
-
 def training(config: Config, algorithm: str, task: str, method: str, batch_size: int) -> Any:
     """The configuration of `sac` or `td3`. A BPTT with losses everywhere takes whole segments."""
     given = METHODS[method]
@@ -139,57 +105,6 @@ def training(config: Config, algorithm: str, task: str, method: str, batch_size:
         batch_size=batch_size // length * length,
         buffer_size=config.buffer_size, learning_starts=config.buffer_size,
     )  # fmt: skip
-
-
-def advance(function: Callable[[Any], Any], held: list[Any]) -> Callable[[], Any]:
-    """`function`, compiled, of what is held, and its result in that place: buffers are reused."""
-    compiled = jax.jit(function, donate_argnums=0).lower(held[0]).compile()
-
-    def call():
-        held[0] = compiled(held[0])
-        return held[0]
-
-    return call
-
-
-def learn(made: Any, state: State) -> State:
-    """NUM_GRADIENTS gradient steps."""
-    key, learn_key = jr.split(state.key)
-    step, count = sac.gradient_step, NUM_GRADIENTS
-    if isinstance(made, td3.Config):
-        step, count = td3.policy_step, NUM_GRADIENTS // made.policy_delay
-    start = state.learned, state.world.ring
-    (learned, ring), _ = lax.scan(partial(step, made), start, jr.split(learn_key, count))
-    return State(learned, state.world._replace(ring=ring), key)
-
-
-def learners(config: Config, algorithm: str, task: str, method: str, spec: Spec) -> list[Callable]:
-    """Gradient steps of the two batch sizes, on one state."""
-    if method == "oracle":
-        spec = spec._replace(obs_size=spec.critic_size)
-    env = Env(Random(spec), None)
-    sizes = config.batch_size, config.single_batch_size
-    made = [training(config, algorithm, task, method, size) for size in sizes]
-    init = {"sac": sac, "td3": td3}[algorithm].init
-    held = [jax.tree.map(jnp.copy, jax.jit(partial(init, made[0], env))(jr.key(0)))]
-    return [advance(partial(learn, m), held) for m in made]
-
-
-def actors(made: Any, env: Env) -> list[Callable]:
-    """A rollout of environments side by side, and NUM_STEPS steps of a single one."""
-    kernel = make_kernel(made, env.spec, key=jr.key(0))
-
-    def act(sizes, state):
-        key, act_key = jr.split(state[1])
-        return collect(sizes, env, kernel, state[0], act_key)[0], key
-
-    calls = []
-    for count, num_steps in ((made.num_envs, made.num_steps), (1, NUM_STEPS)):
-        start = jax.jit(jax.vmap(lambda key: reset(kernel, env, key=key)))
-        state = jax.tree.map(jnp.copy, (start(jr.split(jr.key(1), count)), jr.key(2)))
-        sizes = type(made)(**vars(made) | {"num_envs": count, "num_steps": num_steps})
-        calls.append(advance(partial(act, sizes), [state]))
-    return calls
 
 
 def tabulate(
@@ -226,22 +141,6 @@ def published(algorithm: str, task: str, method: str) -> float:
     names, *lines = (line.split() for line in PUBLISHED.strip().splitlines())
     factors = {line[0]: dict(zip(names[1:], map(float, line[1:]), strict=True)) for line in lines}
     return 1.0 if method == "none" else factors.get(f"{algorithm}-{task}", {}).get(method, np.nan)
-
-
-def merge(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a file, as numbers where they are, with these new ones in it."""
-    identity = lambda row: tuple(str(x) for x in list(row.values())[:5])
-    found = {identity(row): row for row in (read(path) if path.exists() else [])}
-    found |= {identity(row): row for row in rows}
-    timing.write(path, list(found.values()))
-    return list(found.values())
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    words = ("task", "algorithm", "method", "hidden")
-    number = lambda name, x: x if name in words else int(x) if name == "z_size" else float(x)
-    with path.open(newline="") as file:
-        return [{k: number(k, x) for k, x in row.items()} for row in csv.DictReader(file)]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -309,12 +208,15 @@ def main(config: Config) -> list[dict[str, Any]]:
                 spec, acting = env.spec, actors(made, env)
             calls = list(acting)
             for method in tqdm(methods, desc=f"{algorithm} {task}, compile"):
-                calls += learners(config, algorithm, task, method, spec)
+                sizes = config.batch_size, config.single_batch_size
+                made = [training(config, algorithm, task, method, size) for size in sizes]
+                calls += learners(made, spec)
             acts, steps, *gradients = timing.interleave(calls, repeats=config.repeats)
             pairs = zip(methods, gradients[::2], gradients[1::2], strict=True)
             scale = np.array([1, NUM_STEPS, NUM_GRADIENTS, NUM_GRADIENTS])[:, None]
             seconds = {m: np.stack([acts, steps, a, b]) / scale for m, a, b in pairs}
-            rows = merge(out / "offpolicy_times.csv", tabulate(config, algorithm, task, seconds))
+            rows = tabulate(config, algorithm, task, seconds)
+            rows = timing.merge(out / "offpolicy_times.csv", rows, columns=IDENTITY)
             picture(out / "offpolicy_times.png", rows)
     print(table(rows))
     print(timing.machine())

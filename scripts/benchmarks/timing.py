@@ -54,6 +54,26 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def merge(
+    path: Path, rows: list[dict[str, Any]], *, columns: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Write new rows into a file, in place of those that agree in `columns`, and return all."""
+    old = []
+    if path.exists():
+        with path.open(newline="") as file:
+            old = [{k: _number(x) for k, x in row.items()} for row in csv.DictReader(file)]
+    found = {tuple(row[name] for name in columns): row for row in (*old, *rows)}
+    write(path, list(found.values()))
+    return list(found.values())
+
+
 def machine() -> str:
     device = jax.devices()[0].device_kind
     return f"{os.cpu_count()} cores, {platform.machine()}, {device}, jax {jax.__version__}"
+
+
+def _number(text: str) -> Any:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        return text
