@@ -14,13 +14,11 @@ from scripts.benchmarks import (
     gpomdp_variance,
     kstep,
     memory,
-    offpolicy_programs,
     offpolicy_times,
     timing,
 )
 from spg.training import options
 from spg.training.records import RunError
-from spg.types import Spec
 from spg.worlds.problems import load_unload, tiger
 
 TINY = memory.Config(
@@ -161,18 +159,6 @@ def test_times_of_off_policy_training_are_of_every_method(tmp_path):
     assert named == [(a, m) for a in ("sac", "td3") for m in ("none", "bptt-5-last")]
     assert all(row[x] > 0 for row in rows for x in ("rollout_ms", "gradient_ms"))
     assert (tmp_path / "offpolicy_times.png").stat().st_size > 0
-
-
-@pytest.mark.usefixtures("quick_compilation")
-def test_a_timed_gradient_step_is_one_of_training():
-    """What is held goes on from call to call, with the shapes of another batch size too."""
-    sizes = Spec(obs_size=2, critic_size=3, num_actions=1, discrete=False)
-    made = [offpolicy_times.training(TIMES, "sac", "ant", "s2pg", size) for size in (8, 4)]
-    calls = offpolicy_programs.learners(made, sizes)
-    for i in range(1, 3):
-        for j, call in enumerate(calls):
-            count = call().learned.opt_states[1][0].count
-            assert count == (2 * (i - 1) + j + 1) * offpolicy_programs.NUM_GRADIENTS
 
 
 def test_factors_are_taken_within_repeats_and_parts_fill_one_table(tmp_path):

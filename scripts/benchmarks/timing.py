@@ -62,7 +62,7 @@ def merge(
     if path.exists():
         with path.open(newline="") as file:
             old = [{k: _number(x) for k, x in row.items()} for row in csv.DictReader(file)]
-    found = {tuple(row[name] for name in columns): row for row in (*old, *rows)}
+    found = {tuple(str(row[name]) for name in columns): row for row in (*old, *rows)}
     write(path, list(found.values()))
     return list(found.values())
 
