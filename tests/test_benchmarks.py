@@ -8,7 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from scripts.benchmarks import controllers, gamp_scale, gpomdp_variance, kstep, memory
+from scripts.benchmarks import (
+    controllers,
+    gamp_scale,
+    gpomdp_variance,
+    kstep,
+    memory,
+    offpolicy_times,
+    timing,
+)
 from spg.training import options
 from spg.training.records import RunError
 from spg.worlds.problems import load_unload, tiger
@@ -135,3 +143,44 @@ def test_kstep_gradients_are_those_of_the_loops(tmp_path):
     assert len(rows) == 7
     assert all(float(row["difference"]) < 1e-10 for row in rows)
     assert all(float(row["seconds"]) > 0 for row in rows)
+
+
+TIMES = offpolicy_times.Config(
+    tasks=("inverted_pendulum",), algorithms=("sac",), methods=("bptt-5-last",), hidden=(4,),
+    z_size=2, num_envs=2, batch_size=8, single_batch_size=4, buffer_size=256, repeats=1,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_times_of_off_policy_training_are_of_every_method(tmp_path):
+    rows = offpolicy_times.main(replace(TIMES, algorithms=("sac", "td3"), out=str(tmp_path)))
+    named = [(row["algorithm"], row["method"]) for row in rows]
+    assert named == [(a, m) for a in ("sac", "td3") for m in ("none", "bptt-5-last")]
+    assert all(row[x] > 0 for row in rows for x in ("rollout_ms", "gradient_ms"))
+    assert (tmp_path / "offpolicy_times.png").stat().st_size > 0
+
+
+def test_factors_are_taken_within_repeats_and_parts_fill_one_table(tmp_path):
+    load = np.array([1.0, 7.0])
+    seconds = {"none": np.outer([8, 1, 1, 1], load), "s2pg": np.outer([8, 1, 2, 3], load)}
+    path = tmp_path / "times.csv"
+    for task in ("ant", "hopper", "ant"):
+        rows = offpolicy_times.tabulate(TIMES, "sac", task, seconds)
+        rows = timing.merge(path, rows, columns=offpolicy_times.IDENTITY)
+    assert [row["task"] for row in rows] == ["ant", "ant", "hopper", "hopper"]
+    drawn = rows[1]
+    assert drawn["method"] == "s2pg"
+    assert drawn["to_none"] == drawn["to_none_q75"] == (8 + 8 * 2) / (8 + 8)
+    assert drawn["single_to_none"] == (1 + 3) / (1 + 1)
+    assert drawn["published_to_none"] == 2.241
+    assert drawn["single_steps_per_second"] == 1 / (4 * 4)
+
+
+def test_bptt_takes_whole_segments_or_as_many_sequences_as_the_batch_is_large():
+    sizes = {
+        method: offpolicy_times.training(offpolicy_times.Config(), "td3", "ant", method, 256).sample
+        for method in ("bptt-5", "bptt-5-last")
+    }
+    assert sizes["bptt-5"] == {"num_segments": 51, "length": 5}
+    assert sizes["bptt-5-last"] == {"num_segments": 256, "length": 5}

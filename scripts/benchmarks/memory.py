@@ -7,9 +7,6 @@ Everything is compiled first; then every repeat times each program once, and a r
 with quartiles, of the ratios within the repeats: noise that lasts longer than one repeat cancels.
 """
 
-import csv
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -29,9 +26,12 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(1, str(Path(__file__).parents[2]))
 
 import ppo
 
+from scripts.benchmarks import timing
+from scripts.benchmarks.timing import spread, with_quartiles
 from spg.kernels.linear import Linear
 from spg.kernels.networks import trainable
 from spg.limits import Count, Seed, Size, check
@@ -195,14 +195,8 @@ def measure(config: Config, compared: list[Method]) -> tuple[np.ndarray, list[Ti
         places.append((rollouts[actor], add(partial(ppo.step, method.config, env), state)))
 
     clock = time.perf_counter if config.clock == "wall" else time.process_time
-    seconds = np.empty((len(programs), config.repeats + 1))
-    order = np.random.default_rng(config.seed)
-    for i in tqdm(range(config.repeats + 1), desc="repeat"):  # the first warms up
-        for j in order.permutation(len(programs)):
-            began = clock()
-            jax.block_until_ready(programs[j](arguments[j]))
-            seconds[j, i] = clock() - began
-    seconds = seconds[:, 1:]
+    calls = [partial(*pair) for pair in zip(programs, arguments, strict=True)]
+    seconds = timing.interleave(calls, repeats=config.repeats, seed=config.seed, clock=clock)
     timings = [Timings(compile_seconds[t], seconds[r], seconds[t]) for r, t in places]
     return seconds[0], timings
 
@@ -237,17 +231,8 @@ def tabulate(
     return rows
 
 
-def spread(name: str, values: Float[np.ndarray, " repeats"]) -> dict[str, float]:
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {name: middle, f"{name}_q25": low, f"{name}_q75": high}
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows for a terminal: times in ms, ratios with their quartiles."""
-
-    def ratio(row, name):
-        return f"{row[name]:.2f} [{row[name + '_q25']:.2f}, {row[name + '_q75']:.2f}]"
-
     shown = [
         {
             "method": row["method"],
@@ -257,15 +242,15 @@ def table(rows: list[dict[str, Any]]) -> str:
             "rollout_ms": 1e3 * row["rollout_seconds"],
             "update_ms": 1e3 * row["update_seconds"],
             "steps/s": int(row["training_steps_per_second"]),
-            "to none": ratio(row, "training_to_none"),
-            "to none-deep": ratio(row, "training_to_deep"),
-            "to S2PG": ratio(row, "training_to_s2pg"),
-            "update to none-deep": ratio(row, "update_to_deep"),
+            "to none": with_quartiles(row, "training_to_none"),
+            "to none-deep": with_quartiles(row, "training_to_deep"),
+            "to S2PG": with_quartiles(row, "training_to_s2pg"),
+            "update to none-deep": with_quartiles(row, "update_to_deep"),
         }
         for row in rows
     ]
     env_steps = rows[0]["env_steps_per_second"]
-    alone = f"environment alone: {env_steps:,.0f} steps/s; {machine()}"
+    alone = f"environment alone: {env_steps:,.0f} steps/s; {timing.machine()}"
     return f"{tables.table(shown, keep=2)}\n{alone}"
 
 
@@ -290,11 +275,6 @@ def picture(path: Path, rows: list[dict[str, Any]], *, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def machine() -> str:
-    device = jax.devices()[0].device_kind
-    return f"{os.cpu_count()} cores, {platform.machine()}, {device}, jax {jax.__version__}"
-
-
 def main(config: Config) -> list[dict[str, Any]]:
     check(config)
     compared = methods(config)
@@ -302,10 +282,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         ppo.make(method.config)  # whatever cannot run is refused before the directory is made
     out = records.open_run(config, "memory-benchmark", resumable=False)
     rows = tabulate(config, compared, *measure(config, compared))
-    with (out / "memory.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    timing.write(out / "memory.csv", rows)
     title = f"{config.env}, {config.num_envs} x {config.num_steps} steps, z of {config.z_size}"
     title += f", {config.clock} clock"
     picture(out / "memory.png", rows, title=title)
