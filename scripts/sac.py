@@ -24,7 +24,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from spg.estimators.actor_critic import choose, polyak, soft_loss, target, temperature_loss
+from spg.estimators.actor_critic import choose, polyak, q_target, soft_loss, temperature_loss
 from spg.kernels.critics import QCritic
 from spg.kernels.factory import make_kernel
 from spg.kernels.kernel import Kernel
@@ -133,7 +133,7 @@ def gradient_step(
         action, z_after, log_prob = kernel.sample_and_log_prob(step.final_obs, z_next, key=key)
         q_next = slow(step.final_obs, action, z_after)
         bonus = -temperature * log_prob.action
-        return target(step.reward, step.terminated, q_next, bonus, gamma=config.gamma)
+        return q_target(step.reward, step.terminated, q_next, bonus, gamma=config.gamma)
 
     goal = jax.vmap(regress_on)(steps, z_next, jr.split(next_key, len(steps.reward)))
 

@@ -26,7 +26,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
-from spg.estimators.actor_critic import Smoothing, choose, polyak, smoothed_choice, target
+from spg.estimators.actor_critic import Smoothing, choose, polyak, q_target, smoothed_choice
 from spg.kernels.critics import QCritic
 from spg.kernels.factory import make_kernel
 from spg.kernels.kernel import Kernel
@@ -111,7 +111,7 @@ def critic_step(
     def regress_on(step, z_next, key):
         choice = smoothed_choice(slow_kernel, step.final_obs, z_next, config.smoothing, key=key)
         q_next = slow_critic(step.final_obs, *choice)
-        return target(step.reward, step.terminated, q_next, gamma=config.gamma)
+        return q_target(step.reward, step.terminated, q_next, gamma=config.gamma)
 
     goal = jax.vmap(regress_on)(steps, z_next, jr.split(target_key, len(steps.reward)))
 

@@ -171,7 +171,7 @@ def test_factors_are_taken_within_repeats_and_parts_fill_one_table(tmp_path):
     assert [row["task"] for row in rows] == ["ant", "ant", "hopper", "hopper"]
     drawn = rows[1]
     assert drawn["method"] == "s2pg"
-    assert drawn["to_none"] == drawn["to_none_q75"] == (8 + 8 * 2) / (8 + 8)
+    assert drawn["to_none"] == drawn["to_none_q75"] == (8 + 32 * 2) / (8 + 32)
     assert drawn["single_to_none"] == (1 + 3) / (1 + 1)
     assert drawn["published_to_none"] == 2.241
     assert drawn["single_steps_per_second"] == 1 / (4 * 4)

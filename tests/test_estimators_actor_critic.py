@@ -19,9 +19,9 @@ from spg.estimators.actor_critic import (
     Smoothing,
     choose,
     polyak,
+    q_target,
     smoothed_choice,
     soft_loss,
-    target,
     temperature_loss,
 )
 from spg.exact import enumeration
@@ -278,7 +278,7 @@ def test_target_is_the_soft_bellman_operator_and_ends_at_terminal_steps():
     @jax.jit
     def backup(q_value):
         log_pi = jax.nn.log_softmax(q_value / tau)
-        one = lambda r, end, q, lp: target(r, end, jnp.stack([q, q + 7]), -tau * lp, gamma=GAMMA)
+        one = lambda r, end, q, lp: q_target(r, end, jnp.stack([q, q + 7]), -tau * lp, gamma=GAMMA)
         every = jax.vmap(jax.vmap(one, (None, None, 0, 0)), (None, None, 0, 0))  # over s', a'
         goals = jax.vmap(jax.vmap(every, (0, None, None, None)), (0, 0, None, None))
         mean = jnp.einsum("xasb,sb->xas", goals(reward, ends, q_value, log_pi), jnp.exp(log_pi))

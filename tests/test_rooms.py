@@ -18,7 +18,7 @@ ROOMS: dict[str, set[str]] = {
     "estimators": {"kernels", "scans", "distributions"},
     "rollout": {"kernels"},
     "exact": {"kernels", "worlds", "scans", "distributions"},
-    "training": {"exact", "estimators", "rollout", "envs", "worlds", "kernels"},
+    "training": {"exact", "estimators", "rollout", "envs", "worlds", "kernels", "scans"},
 }
 """A room, and the rooms it may import besides itself, `types` and `limits`."""
 

@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 slow = partial(pytest.param, marks=pytest.mark.slow)
 SMALL = {
     "num_envs": 4, "num_steps": 2, "total_steps": 16, "learning_starts": 16, "buffer_size": 24,
-    "batch_size": 8, "hidden": (8,), "z_size": 4, "num_seeds": 2, "eval_episodes": 2,
-    "checkpoints": 1, "env_params": {"max_steps_in_episode": 5},
+    "batch_size": 8, "updates_per_step": 2.0, "hidden": (8,), "z_size": 4, "num_seeds": 2,
+    "eval_episodes": 2, "checkpoints": 1, "env_params": {"max_steps_in_episode": 5},
 }  # fmt: skip
 SAC, TD3 = sac.Config(**SMALL), td3.Config(**SMALL)
 SCRIPTS = [(sac, SAC), (td3, TD3)]
@@ -52,7 +52,7 @@ def two_updates(script, config, tmp_path):
     ("script", "config", "words"),
     [
         (sac, SAC, {}),
-        (td3, TD3, {}),
+        slow(td3, TD3, {}),
         slow(sac, SAC, BPTT | PENDULUM),
         slow(td3, TD3, BPTT),
         slow(sac, SAC, BPTT | LAST | {"refresh": False}),
@@ -70,13 +70,14 @@ def test_two_updates(script, config, words, tmp_path):
     assert (data["staleness"] > 1e-4).all() == (memory in ("s2pg", "bptt", "window"))
     if script is sac:
         assert (data["entropy_z"] != 0).all() == (memory == "s2pg")
-        assert np.isclose(data["temperature"][:, 0], 0.1, rtol=1e-2).all()
+        assert np.isclose(data["temperature"][:, 0], 0.01, rtol=2e-2).all()
         learned = "learn_state_temperature" in words
-        kept = np.isclose(data["state_temperature"], 0.01, rtol=1e-6)
+        kept = np.isclose(data["state_temperature"], 1e-6, rtol=1e-6)
         assert kept[:, -1].all() != learned
 
 
-@pytest.mark.parametrize(("script", "config"), SCRIPTS[:1] + [slow(*x) for x in SCRIPTS[1:]])
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "config"), SCRIPTS)
 def test_a_seed_is_alone_what_it_is_among_others(script, config):
     config = replace(config, segment_length=2)
     env = options.make_env(config)

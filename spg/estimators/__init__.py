@@ -10,9 +10,9 @@ from spg.estimators.actor_critic import (
     Smoothing,
     choose,
     polyak,
+    q_target,
     smoothed_choice,
     soft_loss,
-    target,
     temperature_loss,
 )
 from spg.estimators.bounds import Constants, bptt_variance_bound, s2pg_variance_bound
@@ -55,6 +55,7 @@ __all__ = [
     "observe_critic",
     "polyak",
     "ppo_surrogate",
+    "q_target",
     "reinforce",
     "responsibilities",
     "returns_to_go",
@@ -63,7 +64,6 @@ __all__ = [
     "smoothed_choice",
     "soft_loss",
     "start_statistics",
-    "target",
     "temperature_loss",
     "value_slope",
     "window_returns",

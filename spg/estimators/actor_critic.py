@@ -60,7 +60,7 @@ def soft_loss(
     return entropy - choice.q_value.min(-1)
 
 
-def target(
+def q_target(
     reward: Float[Array, ""],
     terminated: Bool[Array, ""],
     q_next: Float[Array, " n"],

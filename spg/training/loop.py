@@ -126,7 +126,7 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
     events = Events(out, first=update + 1, say=progress.say)
     try:
         began = time.perf_counter()
-        # `start` on one device: QR, of orthogonal weights, on two at once blocks both (jaxlib 0.10)
+        # `start` on one device: it runs once, and is compiled once
         seeds = jax.jit(start, compiler_options=ONCE)(roots[:, 0]) if seeds is None else seeds
         seeds, eval_roots = program(shared, lambda *x: x)(seeds, roots[:, 1])
         ahead = [*pairwise(m for m in marks if m >= update)]
