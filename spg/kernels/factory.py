@@ -190,10 +190,9 @@ def _head(config: PolicyConfig, spec: Spec, input_size: int, *, key: PRNGKeyArra
         return TeamHead(slots, [*sizes, num_actions], gain=gain, key=key)
     if spec.discrete:
         return CategoricalHead([*sizes, spec.num_actions], gain=gain, key=key)
-    heads = {
-        "normal": NormalHead,
-        "tanh-normal": TanhNormalHead,
-        "deterministic": DeterministicHead,
-    }
-    make = heads[config.actions]
-    return make([*sizes, spec.num_actions], std=config.action_std, gain=gain, key=key)
+    sizes, start = [*sizes, spec.num_actions], {"std": config.action_std, "key": key}
+    if config.actions == "tanh-normal":
+        return TanhNormalHead(sizes, **start)
+    if config.actions == "deterministic":
+        return DeterministicHead(sizes, **start)
+    return NormalHead(sizes, gain=gain, **start)

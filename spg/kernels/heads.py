@@ -94,12 +94,13 @@ class TanhNormalHead(eqx.Module):
     """Continuous actions in [-1, 1]: tanh(u), u ~ N(mean, std²), both by an MLP(o, z').
 
     The policy of SAC, Haarnoja et al. (2018), appendix C. `std` is where the deviation of u starts.
+    With a gain of 1 the first policy acts differently in different places, which explores.
     """
 
     mlp: MLP
     log_std: Float[Array, " a"]
 
-    def __init__(self, sizes: list[int], *, std: Scalar, gain: float = 0.01, key: PRNGKeyArray):
+    def __init__(self, sizes: list[int], *, std: Scalar, gain: float = 1.0, key: PRNGKeyArray):
         wide = [*sizes[:-1], 2 * sizes[-1]]
         self.mlp = MLP(wide, gain=gain, activation=jax.nn.relu, key=key)
         self.log_std = jnp.full(sizes[-1], log_from_std(std))
@@ -118,7 +119,7 @@ class DeterministicHead(eqx.Module):
     mlp: MLP
     log_std: Float[Array, " a"] = eqx.field(metadata=FIXED)
 
-    def __init__(self, sizes: list[int], *, std: Scalar, gain: float = 0.01, key: PRNGKeyArray):
+    def __init__(self, sizes: list[int], *, std: Scalar, gain: float = 1.0, key: PRNGKeyArray):
         self.mlp = MLP(sizes, gain=gain, activation=jax.nn.relu, key=key)
         self.log_std = jnp.full(sizes[-1], log_from_std(std))
 

@@ -49,7 +49,7 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     that the policy may turn to: the more entries, the more room for error"""
     hidden: tuple[Size, ...] = (64, 64)
     """widths of the hidden layers of policy head and critics"""
-    total_steps: Total = 300_000
+    total_steps: Total = 400_000
     """environment steps of each seed, after those of --learning-starts"""
     num_envs: Count = 64
     """environments side by side"""
