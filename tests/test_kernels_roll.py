@@ -149,8 +149,8 @@ def test_draw_without_a_key_is_the_mode():
 
 
 @pytest.mark.parametrize("make_head", [TanhNormalHead, DeterministicHead])
-def test_heads_start_near_the_middle_with_the_deviation_asked_for(make_head):
-    head = make_head([5, 16, 2], std=0.3, key=jr.key(0))
+def test_heads_of_small_gain_start_near_the_middle_with_the_deviation_asked_for(make_head):
+    head = make_head([5, 16, 2], std=0.3, gain=0.01, key=jr.key(0))
     law = head(jnp.array([1.0, -2.0, 0.5]), jnp.array([0.3, 0.1]))
     assert np.allclose(law.std, 0.3, rtol=0.05)
     assert np.abs(law.mode()).max() < 0.05

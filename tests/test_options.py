@@ -17,13 +17,14 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from scripts import evaluate, filters, gamp, gpomdp, kstep, ppo, reinforce
+from scripts import evaluate, filters, gamp, gpomdp, kstep, ppo, reinforce, sac, td3
 from scripts.benchmarks import (
     controllers,
     curves,
     gamp_scale,
     gpomdp_variance,
     memory,
+    offpolicy_times,
     questions,
     scans,
 )
@@ -51,8 +52,8 @@ from spg.worlds.traps import cartpole, chain, matching, random_aggregated
 ROOT = Path(__file__).parents[1]
 EVERY = [
     evaluate,
-    ppo, reinforce, gamp, gpomdp, kstep, filters, controllers, curves, gamp_scale,
-    gpomdp_variance, kstep_benchmark, memory, questions, scans,
+    ppo, reinforce, sac, td3, gamp, gpomdp, kstep, filters, controllers, curves, gamp_scale,
+    gpomdp_variance, kstep_benchmark, memory, offpolicy_times, questions, scans,
 ]  # fmt: skip
 HUGE = "99999999999999999999"
 

@@ -1,6 +1,6 @@
 """What SAC and TD3 cost with each memory on Brax: tables 1 and 2 of Al-Hafez et al. (2024) anew.
 
-    python scripts/benchmarks/offpolicy_times.py                # five tasks, SAC and TD3
+    python scripts/benchmarks/offpolicy_times.py    # five tasks, SAC and TD3
     python scripts/benchmarks/offpolicy_times.py --tasks ant hopper --algorithms sac
 
 Positions are seen, on the spring backend, and the critics see the state. Two settings are timed:
@@ -83,7 +83,7 @@ class Config:
     """of the internal state"""
     num_envs: Count = 64
     """environments side by side"""
-    batch_size: Count = 512
+    batch_size: Count = 256
     """steps whose losses make a gradient, with environments side by side"""
     single_batch_size: Count = 256
     """the same with a single environment"""

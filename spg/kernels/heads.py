@@ -93,8 +93,9 @@ class NormalHead(eqx.Module):
 class TanhNormalHead(eqx.Module):
     """Continuous actions in [-1, 1]: tanh(u), u ~ N(mean, std²), both by an MLP(o, z').
 
-    The policy of SAC, Haarnoja et al. (2018), appendix C. `std` is where the deviation of u starts.
-    With a gain of 1 the first policy acts differently in different places, which explores.
+    The policy of SAC, Haarnoja et al. (2018), appendix C. `std` is where the deviation of u starts,
+    but for what the MLP adds to its logarithm. With a gain of 1 the first policy acts differently
+    in different places, which explores.
     """
 
     mlp: MLP
