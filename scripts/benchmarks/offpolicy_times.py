@@ -1,7 +1,7 @@
 """What SAC and TD3 cost with each memory on Brax: tables 1 and 2 of Al-Hafez et al. (2024) anew.
 
     python scripts/benchmarks/offpolicy_times.py    # five tasks, SAC and TD3
-    python scripts/benchmarks/offpolicy_times.py --tasks ant hopper --algorithms sac
+    python scripts/benchmarks/offpolicy_times.py --tasks ant --algorithms sac
 
 Positions are seen, on the spring backend, and the critics see the state. Two settings are timed:
 environments side by side, as the scripts train by default, and the paper's ratio, a single one with
