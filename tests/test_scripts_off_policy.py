@@ -53,15 +53,10 @@ def two_updates(script, config, tmp_path):
     [
         (sac, SAC, {}),
         slow(td3, TD3, {}),
-        slow(sac, SAC, BPTT | PENDULUM),
-        slow(td3, TD3, BPTT),
         slow(sac, SAC, BPTT | LAST | {"refresh": False}),
-        slow(td3, TD3, BPTT | LAST | {"cell": "gru"}),
         slow(sac, SAC, {"segment_length": 2, "cell": "lru", "learn_state_temperature": True}),
         slow(sac, SAC, {"memory": "window", "critic_state": False, "layer_norm": False}),
-        slow(sac, SAC, {"memory": "none"} | PENDULUM),
-        slow(td3, TD3, {"memory": "oracle"} | PENDULUM),
-        slow(td3, TD3, DDPG),
+        slow(td3, TD3, {"memory": "oracle"} | PENDULUM | DDPG),
     ],
 )
 def test_two_updates(script, config, words, tmp_path):
@@ -72,12 +67,12 @@ def test_two_updates(script, config, words, tmp_path):
         assert (data["entropy_z"] != 0).all() == (memory == "s2pg")
         assert np.isclose(data["temperature"][:, 0], 0.01, rtol=2e-2).all()
         learned = "learn_state_temperature" in words
-        kept = np.isclose(data["state_temperature"], 1e-6, rtol=1e-6)
+        kept = np.isclose(data["state_temperature"], 1e-6, rtol=1e-5, atol=0)
         assert kept[:, -1].all() != learned
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "config"), SCRIPTS)
+@pytest.mark.parametrize(("script", "config"), SCRIPTS[:1])
 def test_a_seed_is_alone_what_it_is_among_others(script, config):
     config = replace(config, segment_length=2)
     env = options.make_env(config)
@@ -96,7 +91,7 @@ def test_a_seed_is_alone_what_it_is_among_others(script, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "config"), SCRIPTS)
+@pytest.mark.parametrize(("script", "config"), SCRIPTS[:1])
 def test_the_buffer_holds_the_last_steps_in_a_chain(script, config):
     """After updates and refreshes: z is z' of the row before, or z0 where an episode opens.
 
@@ -123,7 +118,7 @@ def test_the_buffer_holds_the_last_steps_in_a_chain(script, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "config"), SCRIPTS)
+@pytest.mark.parametrize(("script", "config"), SCRIPTS[1:])
 def test_resumed_run_equals_the_uninterrupted_one(script, config, tmp_path):
     """Buffer, both optimisers, target networks and temperatures are in the checkpoint."""
 
@@ -149,7 +144,7 @@ def test_resumed_run_equals_the_uninterrupted_one(script, config, tmp_path):
 @pytest.mark.parametrize(
     ("script", "config", "sweep"),
     [
-        (sac, SAC, "temperature"), (sac, SAC, "learning_rate"), (td3, TD3, "gamma"),
+        (sac, SAC, "temperature"),
     ],
 )  # fmt: skip
 def test_training_vmaps_over_hyper_parameters(script, config, sweep):

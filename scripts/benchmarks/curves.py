@@ -37,8 +37,6 @@ Task = Literal[
 class Config:
     task: Task = "cartpole"
     """the environment, or a comparison of units in one"""
-    algorithm: Literal["ppo", "sac", "td3"] = "ppo"
-    """sac and td3 are for the tasks with continuous actions, and show the critic the full state"""
     num_seeds: Count = 8
     """of each training"""
     seed: Seed = 0
@@ -47,6 +45,8 @@ class Config:
     """by default runs/curves-<task>, or runs/curves-<task>-<algorithm>"""
     methods: tuple[str, ...] = ()
     """which of the task's methods; by default all"""
+    algorithm: Literal["ppo", "sac", "td3"] = "ppo"
+    """sac and td3 are for the tasks with continuous actions, and show the critic the full state"""
 
 
 METHODS: dict[str, dict[str, Any]] = {

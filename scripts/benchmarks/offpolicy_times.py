@@ -139,7 +139,9 @@ def tabulate(
 def published(algorithm: str, task: str, method: str) -> float:
     """The paper's factor, or nan where it has none."""
     names, *lines = (line.split() for line in PUBLISHED.strip().splitlines())
-    factors = {line[0]: dict(zip(names[1:], map(float, line[1:]), strict=True)) for line in lines}
+    factors: dict[str, dict[str, float]] = {
+        line[0]: dict(zip(names[1:], map(float, line[1:]), strict=True)) for line in lines
+    }
     return 1.0 if method == "none" else factors.get(f"{algorithm}-{task}", {}).get(method, np.nan)
 
 
