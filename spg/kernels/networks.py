@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -168,6 +169,7 @@ def _orthogonal(n: int, m: int, *, gain: float, key: PRNGKeyArray) -> eqx.nn.Lin
     return eqx.tree_at(lambda l: (l.weight, l.bias), layer, (weight, jnp.zeros(m)))
 
 
+@partial(jax.jit, static_argnums=(0, 1))  # else the loop is compiled in every call
 def orthogonal(m: int, n: int, *, key: PRNGKeyArray) -> Float[Array, "{m} {n}"]:
     """A random matrix with orthonormal rows or, if m > n, columns, uniform among these.
 
