@@ -39,6 +39,7 @@ from spg.training.off_policy import (
     algorithm,
     begin,
     descend,
+    regress,
     staleness,
     update,
 )
@@ -113,7 +114,7 @@ def gradient_step(
     kernel, kernel_state, actor_loss, choice = descend(rate, policy_loss, kernel, opt_states[0])
 
     def entropy_loss(log_temperature):
-        sizes = choice.action.shape[-1], Flat()(jax.tree.map(lambda x: x[0, 0], choice.z_next)).size
+        sizes = choice.action.shape[-1], Flat()(kernel.z0).size
         goals = config.target_entropy * sizes[0], config.state_target_entropy * sizes[1]
         learn = config.learn_temperature, config.learn_state_temperature
         log_probs = choice.log_prob_action, choice.log_prob_z
@@ -137,18 +138,12 @@ def gradient_step(
 
     goal = jax.vmap(regress_on)(steps, z_next, jr.split(next_key, len(steps.reward)))
 
-    def critic_loss(critic):
-        q_value = jax.vmap(critic)(steps.obs, steps.action, z_next)
-        return jnp.mean((q_value - goal[:, None]) ** 2), q_value.mean()
-
-    critic, critic_state, loss, q_value = descend(
-        config.learning_rate, critic_loss, critic, opt_states[1]
+    critic, critic_state, metrics = regress(
+        config.learning_rate, critic, opt_states[1], steps, z_next, goal
     )
     slow = polyak(slow, critic, config.target_rate)
-    metrics = {
+    metrics |= {
         "actor_loss": actor_loss,
-        "critic_loss": loss,
-        "q_value": q_value,
         "entropy": -choice.log_prob_action.mean(),
         "entropy_z": -choice.log_prob_z.mean(),
         "temperature": temperature,

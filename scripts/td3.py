@@ -40,6 +40,7 @@ from spg.training.off_policy import (
     algorithm,
     begin,
     descend,
+    regress,
     staleness,
     update,
 )
@@ -115,16 +116,12 @@ def critic_step(
 
     goal = jax.vmap(regress_on)(steps, z_next, jr.split(target_key, len(steps.reward)))
 
-    def loss(critic):
-        q_value = jax.vmap(critic)(steps.obs, steps.action, z_next)
-        return jnp.mean((q_value - goal[:, None]) ** 2), q_value.mean()
-
-    critic, critic_state, critic_loss, q_value = descend(
-        config.learning_rate, loss, critic, opt_states[1]
+    critic, critic_state, metrics = regress(
+        config.learning_rate, critic, opt_states[1], steps, z_next, goal
     )
     slow = polyak(slow, (kernel, critic), config.target_rate)
-    metrics = {"critic_loss": critic_loss, "q_value": q_value, "staleness": fresh}
-    return (Learned(kernel, critic, slow, (opt_states[0], critic_state)), ring), metrics
+    learned = Learned(kernel, critic, slow, (opt_states[0], critic_state))
+    return (learned, ring), metrics | {"staleness": fresh}
 
 
 def policy_step(

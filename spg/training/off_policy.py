@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jax import lax
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from spg.estimators.statistics import start_statistics
 from spg.kernels.critics import QCritic
-from spg.kernels.factory import DRAWN, PolicyConfig, make_kernel
+from spg.kernels.factory import DRAWN, PolicyConfig
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Flat, Unseen, trainable
 from spg.limits import Count, Fraction, Needs, Positive, Range, Size, Total, check, fits
@@ -144,7 +144,7 @@ def begin(
     carry = jax.vmap(lambda k: reset(kernel, env, key=k))(jr.split(env_key, config.num_envs))
     experience = lambda carry, key: collect(config, env, kernel, carry, key)[:2]
     carry, first = lax.scan(experience, carry, jr.split(first_key, config.num_first))
-    kernel, critic = watch(kernel, critic, first.obs)
+    kernel, critic = with_statistics(kernel, critic, first.obs)
 
     def fill(world, key):
         carry, steps, _ = collect(config, env, kernel, world.carry, key)
@@ -167,8 +167,8 @@ def collect(
     return carry, steps._replace(action=jnp.clip(steps.action, -1.0, 1.0)), episodes
 
 
-def watch(kernel: Kernel, critic: QCritic, obs: PyTree) -> tuple[Kernel, QCritic]:
-    """Policy and critic with statistics that know these observations."""
+def with_statistics(kernel: Kernel, critic: QCritic, obs: PyTree) -> tuple[Kernel, QCritic]:
+    """Policy and critic that know these observations too."""
     return start_statistics(kernel, policy_view(obs)), start_statistics(critic, critic_view(obs))
 
 
@@ -187,7 +187,7 @@ def update(
     key, rollout_key, learn_key = jr.split(state.key, 3)
     learned = state.learned
     carry, steps, episodes = collect(config, env, learned.kernel, state.world.carry, rollout_key)
-    kernel, critic = watch(learned.kernel, learned.critic, steps.obs)
+    kernel, critic = with_statistics(learned.kernel, learned.critic, steps.obs)
     start = learned._replace(kernel=kernel, critic=critic), replay.write(state.world.ring, steps)
     (learned, ring), metrics = lax.scan(learn, start, jr.split(learn_key, keys))
     report = loop.Report(
@@ -219,6 +219,27 @@ def descend(
     return eqx.apply_updates(module, updates), opt_state, value, aux
 
 
+def regress(
+    rate: Scalar,
+    critic: QCritic,
+    opt_state: optax.OptState,
+    steps: Transition,
+    z_next: PyTree,
+    goal: Float[Array, " B"],
+) -> tuple[QCritic, optax.OptState, dict[str, Array]]:
+    """A step of the critics towards their targets, by squares; and metrics.
+
+    `z_next` takes the place of the recorded z', which never touched the world.
+    """
+
+    def loss(critic):
+        q_value = jax.vmap(critic)(steps.obs, steps.action, z_next)
+        return jnp.mean((q_value - goal[:, None]) ** 2), q_value.mean()
+
+    critic, opt_state, critic_loss, q_value = descend(rate, loss, critic, opt_state)
+    return critic, opt_state, {"critic_loss": critic_loss, "q_value": q_value}
+
+
 def adam(module: PyTree) -> optax.OptState:
     """The state of `descend`'s optimiser at the start."""
     return optax.adam(0.0).init(eqx.filter(module, trainable(module)))
@@ -230,11 +251,12 @@ def algorithm(
     """What `loop.run` takes. Raises ValueError for what cannot run."""
     check(config)
     env = options.make_env(config, oracle=config.memory == "oracle")
-    spec, first, sample = env.spec, config.num_first * config.rollout_size, config.sample
+    rows, sample = config.num_first * config.num_steps, config.sample
+    first = rows * config.num_envs
     each = f"{config.num_envs} x {config.num_steps} steps"
     num_updates = config.total_steps // config.rollout_size
     options.check_updates(config, num_updates, each)
-    if spec.discrete:
+    if env.spec.discrete:
         raise ValueError(
             f"{name} is for continuous actions, and those of {config.env} are discrete: "
             "scripts/ppo.py takes both"
@@ -249,19 +271,18 @@ def algorithm(
             f"segments of {sample['length']} steps do not divide batch_size {config.batch_size}; "
             f"segment_length {divisors(config.batch_size)} would"
         )
-    if config.num_rows < config.num_first * config.num_steps:
+    if config.num_rows < rows:
         raise ValueError(
             f"buffer_size {config.buffer_size} has no room for the {first} steps of "
             "learning_starts; a larger buffer or fewer of these would do"
         )
-    rows = config.num_first * config.num_steps
     if not replay.holds(rows, config.num_envs, **sample):
         raise ValueError(
             f"the first {first} steps do not hold {sample['num_segments']} segments of "
             f"{sample['length']} steps; more learning_starts, or a smaller batch_size, would do"
         )
-    made = jax.eval_shape(lambda key: begin(config, env, key, policy=make_kernel), jr.key(0))
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made[2].ring))
+    ring = jax.eval_shape(partial(init, config, env), jr.key(0)).world.ring
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(ring))
     buffer = f"a buffer of {config.num_seeds} seeds x {config.buffer_size:,} steps"
     fits(config.num_seeds * size, buffer, on_device=True)
     if config.memory in DRAWN and not (config.privileged or config.observe in ("all", "state")):
