@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from conftest import assert_trees_close, largest_difference
 from jax import lax
+from test_scripts import two_updates
 from test_training_loop import assert_same_run
 
 from scripts import sac, td3
 from spg.training import loop, options, records
-from spg.training.metrics import read_metrics
-from spg.training.records import RunError, open_run
+from spg.training.records import RunError
 
 ROOT = Path(__file__).parents[1]
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -36,12 +36,8 @@ BPTT = {"memory": "bptt", "segment_length": 2}
 LAST = {"loss_steps": "last", "batch_size": 4}
 
 
-def two_updates(script, config, tmp_path):
-    config = replace(config, out=str(tmp_path / "run"))
-    algorithm = script.make(config)
-    loop.run(config, algorithm, open_run(config, algorithm.name))
-    data = read_metrics(tmp_path / "run")
-    assert data["update"].shape == (2, 2)
+def checked_updates(script, config, tmp_path):
+    data = two_updates(script, config, tmp_path)
     assert data["env_steps"][0].tolist() == [40, 48]  # 16 for statistics, 16 for the buffer
     for name in ("actor_loss", "critic_loss", "q_value", "staleness"):
         assert np.isfinite(data[name]).all()
@@ -60,7 +56,7 @@ def two_updates(script, config, tmp_path):
     ],
 )
 def test_two_updates(script, config, words, tmp_path):
-    data = two_updates(script, replace(config, **words), tmp_path)
+    data = checked_updates(script, replace(config, **words), tmp_path)
     memory = words.get("memory", "s2pg")
     assert (data["staleness"] > 1e-4).all() == (memory in ("s2pg", "bptt", "window"))
     if script is sac:
