@@ -39,6 +39,7 @@ from spg.training.off_policy import (
     algorithm,
     begin,
     descend,
+    improve,
     regress,
     staleness,
     update,
@@ -110,8 +111,7 @@ def gradient_step(
         weights = {"temperature": temperature, "state_temperature": state_temperature}
         return jnp.mean(jax.vmap(partial(soft_loss, **weights))(choice)), choice
 
-    rate = config.actor_learning_rate
-    kernel, kernel_state, actor_loss, choice = descend(rate, policy_loss, kernel, opt_states[0])
+    kernel, kernel_state, actor_loss, choice = improve(config, policy_loss, kernel, opt_states[0])
 
     def entropy_loss(log_temperature):
         sizes = choice.action.shape[-1], Flat()(kernel.z0).size

@@ -39,7 +39,7 @@ from spg.training.off_policy import (
     adam,
     algorithm,
     begin,
-    descend,
+    improve,
     regress,
     staleness,
     update,
@@ -137,8 +137,8 @@ def policy_step(
         one = lambda x: choose(kernel, learned.critic, x, last=config.last, key=None).q_value
         return -jnp.mean(jax.vmap(one)(segments)), None
 
-    kernel, kernel_state, actor_loss, _ = descend(
-        config.actor_learning_rate, loss, learned.kernel, learned.opt_states[0]
+    kernel, kernel_state, actor_loss, _ = improve(
+        config, loss, learned.kernel, learned.opt_states[0]
     )
     opt_states = kernel_state, learned.opt_states[1]
     learned = learned._replace(kernel=kernel, opt_states=opt_states)

@@ -68,14 +68,18 @@ class Normal(eqx.Module):
     loc: Inexact[Array, " n"]
     std: Float[Array, " n"]
 
+    def at(self, noise: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
+        """The draw that standard normal `noise` makes."""
+        return self.loc + self.std * noise
+
     def sample(self, *, key: PRNGKeyArray) -> Inexact[Array, " n"]:
-        return self.loc + self.std * self._noise(key)
+        return self.at(self._noise(key))
 
     def sample_and_log_prob(
         self, *, key: PRNGKeyArray
     ) -> tuple[Inexact[Array, " n"], Float[Array, ""]]:
         noise = self._noise(key)
-        return self.loc + self.std * noise, self._log_density(noise)
+        return self.at(noise), self._log_density(noise)
 
     def mode(self) -> Inexact[Array, " n"]:
         return self.loc
@@ -85,11 +89,11 @@ class Normal(eqx.Module):
 
     def follow(self, x: Inexact[Array, " n"], old: "Normal") -> Inexact[Array, " n"]:
         """Where the draw `x` of `old` would lie here, for the same noise."""
-        return self.loc + self.std * ((x - old.loc) / old.std)
+        return self.at((x - old.loc) / old.std)
 
     def near(self, *, share: Scalar, limit: Scalar, key: PRNGKeyArray) -> Inexact[Array, " n"]:
         """loc + std · clip(share · ε, ±limit) with ε standard normal."""
-        return self.loc + self.std * self._noise(key, lambda x: jnp.clip(share * x, -limit, limit))
+        return self.at(self._noise(key, lambda x: jnp.clip(share * x, -limit, limit)))
 
     def entropy(self) -> Float[Array, ""]:
         return self._parts * jnp.sum(jnp.log(self.std) + 0.5 * (_LOG_2PI + 1))
@@ -123,6 +127,10 @@ class TanhNormal(eqx.Module):
 
     loc: Float[Array, " n"]
     std: Float[Array, " n"]
+
+    def at(self, noise: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The draw that standard normal `noise` makes."""
+        return _tanh(Normal(self.loc, self.std).at(noise))
 
     def sample(self, *, key: PRNGKeyArray) -> Float[Array, " n"]:
         return _tanh(Normal(self.loc, self.std).sample(key=key))

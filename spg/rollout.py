@@ -1,7 +1,7 @@
 """Kernels in environments: rollouts of one trajectory, and evaluation over whole episodes."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,16 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from spg.kernels.kernel import Kernel
 from spg.types import Env, Transition
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What acts in an environment: a `Kernel`, or one that explores."""
+
+    @property
+    def z0(self) -> PyTree: ...
+    def reset(self, first: Bool[Array, ""], z: PyTree) -> PyTree: ...
+    def sample(self, obs: PyTree, z: PyTree, *, key: PRNGKeyArray) -> tuple[Array, PyTree]: ...
 
 
 class Carry(NamedTuple):
@@ -39,7 +49,7 @@ class Episodes(NamedTuple):
     length_sum: Float[Array, ""]
 
 
-def reset(kernel: Kernel, env: Env, *, key: PRNGKeyArray) -> Carry:
+def reset(kernel: Policy, env: Env, *, key: PRNGKeyArray) -> Carry:
     """The start of an episode."""
     obs, env_state = env.reset(key)
     zero = jnp.zeros((), jnp.float32)
@@ -47,7 +57,7 @@ def reset(kernel: Kernel, env: Env, *, key: PRNGKeyArray) -> Carry:
 
 
 def rollout(
-    kernel: Kernel,
+    kernel: Policy,
     env: Env,
     carry: Carry,
     *,

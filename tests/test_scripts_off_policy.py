@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from conftest import assert_trees_close, largest_difference
+from conftest import assert_trees_close, largest_difference, make_kernel
 from jax import lax
 from test_scripts import two_updates
 from test_training_loop import assert_same_run
 
 from scripts import sac, td3
 from spg.training import loop, options, records
+from spg.training.off_policy import adam, collect, improve
 from spg.training.records import RunError
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +66,35 @@ def test_two_updates(script, config, words, tmp_path):
         learned = "learn_state_temperature" in words
         kept = np.isclose(data["state_temperature"], 1e-6, rtol=1e-5, atol=0)
         assert kept[:, -1].all() != learned
+
+
+def test_every_second_environment_explores():
+    env = options.make_env(SAC, oracle=False)
+    start = jax.jit(partial(sac.init, SAC, env))(jr.key(0))
+    kernel, carry = start.learned.kernel, start.world.carry
+
+    def actions(correlation):
+        config = replace(SAC, noise_correlation=correlation)
+        return collect(config, env, kernel, carry, jr.key(1))[1].action
+
+    white, lasting = jax.jit(jax.vmap(actions))(jnp.array([0.0, 0.9]))
+    apart = jnp.abs(white - lasting).max((0, 2))
+    assert (apart[::2] == 0).all()
+    assert (apart[1::2] > 1e-3).all()
+
+
+def test_what_places_z_moves_at_a_rate_of_its_own():
+    kernel = make_kernel("gru", jr.key(0), state_std=0.3)
+    loss = lambda kernel: (sum((x**2).sum() for x in jax.tree.leaves(kernel)), None)
+
+    def moves(state_rate):
+        config = replace(SAC, actor_learning_rate=1e-3, state_learning_rate=state_rate)
+        moved, *_ = jax.jit(partial(improve, config, loss))(kernel, adam(kernel))
+        largest = lambda part: largest_difference(part(moved), part(kernel))
+        return [largest(lambda kernel: kernel.cell), largest(lambda kernel: kernel.head)]
+
+    for rate in (0.0, 1e-4, 1e-3):  # the first step of Adam is the rate, whatever the gradient
+        np.testing.assert_allclose(moves(rate), [rate, 1e-3], atol=1e-6)
 
 
 @pytest.mark.slow

@@ -128,6 +128,7 @@ OFF_POLICY_TASKS: dict[str, dict[str, Any]] = {
         n: {
             "env": f"brax/{n}", "observe": "positions", "previous_action": True,
             "env_params": {"mass_range": 0.3}, "target_entropy": -1.0, "hidden": (256, 256),
+            "actor_learning_rate": 3e-4,
             "total_steps": 500_000, "checkpoints": 10, "eval_episodes": 8,
         }
         for n in ("halfcheetah", "ant", "hopper", "walker2d")

@@ -14,12 +14,25 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from spg.estimators.actor_critic import polyak
 from spg.estimators.statistics import start_statistics
 from spg.kernels.critics import QCritic
+from spg.kernels.exploring import Exploring
 from spg.kernels.factory import DRAWN, PolicyConfig
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Flat, Unseen, trainable
-from spg.limits import Count, Fraction, Needs, Positive, Range, Size, Total, check, fits
+from spg.limits import (
+    Count,
+    Fraction,
+    Needs,
+    NonNegative,
+    Positive,
+    Range,
+    Size,
+    Total,
+    check,
+    fits,
+)
 from spg.rollout import Carry, Episodes, reset, rollout
 from spg.scans import divisors
 from spg.training import cli, loop, options, replay
@@ -42,14 +55,16 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     segment_length: Annotated[int, Range(0, 2**31 - 1, whole=True)] = 0
     """L, consecutive steps of a sample, which are run again from the first stored z: for s2pg the
     reach of a refresh, for bptt that of gradients too; 0: 32 for bptt, otherwise 1"""
-    cell: Annotated[Literal["gru", "linear", "lru", "gated"], Needs(memory=DRAWN)] = "gru"
+    cell: Annotated[Literal["gated", "gru", "linear", "lru"], Needs(memory=DRAWN)] = "gated"
     """the unit that places z' (s2pg, bptt)"""
-    z_size: Annotated[Size, Needs(memory=DRAWN)] = 8
-    """size of the internal state (s2pg, bptt). Where z' is drawn, Q has to be right for every z'
-    that the policy may turn to: the more entries, the more room for error"""
+    z_size: Annotated[Size, Needs(memory=DRAWN)] = 16
+    """size of the internal state (s2pg, bptt)"""
+    state_std: Annotated[float, Range(1e-6, 5), Needs(memory="s2pg")] = 0.05
+    """standard deviation of the noise on z' at the start, relative to the weight with which a unit
+    takes up what is new (s2pg); it is learned"""
     hidden: tuple[Size, ...] = (64, 64)
     """widths of the hidden layers of policy head and critics"""
-    total_steps: Total = 400_000
+    total_steps: Total = 600_000
     """environment steps of each seed, after those of --learning-starts"""
     num_envs: Count = 64
     """environments side by side"""
@@ -67,8 +82,14 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     """discount"""
     learning_rate: Positive = 1e-3
     """of Adam, for critics and temperatures"""
-    actor_learning_rate: Positive = 3e-4
+    actor_learning_rate: Positive = 1e-3
     """of Adam, for the policy"""
+    state_learning_rate: Annotated[NonNegative, Needs(memory=DRAWN)] = 3e-5
+    """of Adam, for the cell that places z' (s2pg, bptt). Where it moves as fast as the head, the
+    head reads a memory whose meaning changes, and the buffer holds an old one"""
+    noise_correlation: Annotated[float, Range(0, 1, open="high")] = 0.95
+    """ρ of the noise on actions from step to step in every second environment, which explores; in
+    the others the noise is white"""
     target_rate: Annotated[float, Range(0, 1, open="low")] = 0.05
     """the way that targets go to what is trained, in each gradient step"""
     layer_norm: bool = True
@@ -124,7 +145,7 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
 class World(NamedTuple):
     """What off-policy data come from."""
 
-    carry: Carry  # of each environment
+    carry: Carry  # of each environment, with the state of an `Exploring` policy
     ring: replay.Ring
 
 
@@ -141,7 +162,8 @@ def begin(
         num_critics=config.critics, layer_norm=config.layer_norm, feature=feature,
         key=critic_key,
     )  # fmt: skip
-    carry = jax.vmap(lambda k: reset(kernel, env, key=k))(jr.split(env_key, config.num_envs))
+    acting = Exploring(kernel, spec.num_actions, 0.0)
+    carry = jax.vmap(lambda k: reset(acting, env, key=k))(jr.split(env_key, config.num_envs))
     experience = lambda carry, key: collect(config, env, kernel, carry, key)[:2]
     carry, first = lax.scan(experience, carry, jr.split(first_key, config.num_first))
     kernel, critic = with_statistics(kernel, critic, first.obs)
@@ -159,12 +181,18 @@ def collect(
     config: OffPolicyConfig, env: Env, kernel: Kernel, carry: Carry, key: PRNGKeyArray
 ) -> tuple[Carry, Transition, Episodes]:
     """A rollout of every environment: steps `[K, N, ...]`, with the actions that were taken."""
-    run = partial(rollout, kernel, env, num_steps=config.num_steps)
+
+    def run(correlation, carry, key):
+        acting = Exploring(kernel, env.spec.num_actions, correlation)
+        return rollout(acting, env, carry, num_steps=config.num_steps, key=key)
+
+    correlations = config.noise_correlation * (jnp.arange(config.num_envs) % 2)
     keys = jr.split(key, config.num_envs)
-    carry, steps, episodes = jax.vmap(lambda c, k: run(c, key=k))(carry, keys)
+    carry, steps, episodes = jax.vmap(run)(correlations, carry, keys)
     steps = jax.tree.map(lambda x: x.swapaxes(0, 1), steps)
     episodes = jax.tree.map(lambda x: x.sum(0), episodes)
-    return carry, steps._replace(action=jnp.clip(steps.action, -1.0, 1.0)), episodes
+    action, (z, _), (z_next, _) = jnp.clip(steps.action, -1.0, 1.0), steps.z, steps.z_next
+    return carry, steps._replace(action=action, z=z, z_next=z_next), episodes
 
 
 def with_statistics(kernel: Kernel, critic: QCritic, obs: PyTree) -> tuple[Kernel, QCritic]:
@@ -203,6 +231,19 @@ def staleness(choice_z: PyTree, stored_z: PyTree) -> Array:
     """Mean absolute difference of the entries of z' as it is now and as it was stored."""
     apart = Flat()(jax.tree.map(lambda a, b: jnp.abs(a - b), choice_z, stored_z))
     return apart.sum() / max(1, apart.size)
+
+
+def improve(
+    config: OffPolicyConfig,
+    loss: Callable[[Kernel], tuple[Array, Any]],
+    kernel: Kernel,
+    opt_state: optax.OptState,
+) -> tuple[Kernel, optax.OptState, Array, Any]:
+    """A step of the policy, as `descend` makes it, with a rate of its own for the cell."""
+    rate = config.actor_learning_rate
+    moved, opt_state, value, aux = descend(rate, loss, kernel, opt_state)
+    cell = polyak(kernel.cell, moved.cell, config.state_learning_rate / rate)
+    return eqx.tree_at(lambda kernel: kernel.cell, moved, cell), opt_state, value, aux
 
 
 M = TypeVar("M")
