@@ -28,15 +28,7 @@ TINY = memory.Config(
 NAMES = ["none", "none-wide", "none-deep", "S2PG", "S2PG score", "BPTT-T", "BPTT-T associative"]
 
 
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("names", [["BPTT-T associative"], NAMES])
 def test_measure_times_every_program_in_every_repeat(names):
     compared = [m for m in memory.methods(TINY) if m.name in names]

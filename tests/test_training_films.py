@@ -16,14 +16,6 @@ from spg import envs
 from spg.training import films
 from spg.training.drawings import DRAWINGS, animate, finite_world
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 SMALL = spg.PolicyConfig(memory="none", hidden=(2,))
 
 
