@@ -77,7 +77,6 @@ def test_segment_lengths_must_divide_the_rollout(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_gamp_benchmark_compares_solvers_that_agree(tmp_path, monkeypatch, capsys):
     tiny = gamp_scale.Case(lambda: tiger().pomdp, 2, 2, num_seeds=1)
     monkeypatch.setitem(gamp_scale.CASES, "tiny", tiny)
@@ -144,7 +143,6 @@ TIMES = offpolicy_times.Config(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_times_of_off_policy_training_are_of_every_method(tmp_path):
     rows = offpolicy_times.main(replace(TIMES, algorithms=("sac", "td3"), out=str(tmp_path)))
     named = [(row["algorithm"], row["method"]) for row in rows]
