@@ -65,6 +65,7 @@ def test_ppo_runs_with_every_memory(memory, tmp_path):
     assert ((data["kl_z"] > 0).all()) == (memory in ("s2pg", "kstep"))
 
 
+@pytest.mark.slow
 def test_ppo_runs_by_the_score_alone(tmp_path):
     data = two_updates(ppo, replace(PPO, memory_gradient="score", **CHAIN), tmp_path)
     assert np.isfinite(data["gradient_norm"]).all()
