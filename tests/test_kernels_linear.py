@@ -174,7 +174,7 @@ def test_a_leaky_filter_of_the_swap_chain_has_the_golden_gaps():
 
 def test_a_layer_sees_the_gated_state_of_the_layer_below():
     stack, (obs, z, _, _) = make("stack"), data("stack")
-    state = np.asarray(call(stack.units[0], obs[0], z[:1]))
+    state = call(stack.units[0], obs[0], z[:1])
     low = np.concatenate([state.real, state.imag])
     norm, gate = stack.norms[0], stack.gates[0]
     normed = norm.weight * (low - low.mean()) / np.sqrt(low.var() + norm.eps) + norm.bias

@@ -9,14 +9,16 @@ import pytest
 from jax import lax
 from jax.test_util import check_grads
 
-from spg.scans import linear_scan, shuffle, split_segments
+from spg.scans import Method, linear_scan, shuffle, split_segments
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 FORMS = ["scalar", "diagonal", "dense"]
 SIZES = {"scalar": 2, "diagonal": 4, "dense": 4}  # a step of few numbers is looped over otherwise
-METHODS = ["sequential", "associative", "chunked"]
-CALLS = [(m, reverse, not reverse or m == "chunked") for m in METHODS for reverse in (False, True)]
+METHODS: list[Method] = ["sequential", "associative", "chunked"]
+CALLS: list[tuple[Method, bool, bool]] = [
+    (m, reverse, not reverse or m == "chunked") for m in METHODS for reverse in (False, True)
+]
 
 
 def problem(form, num_steps, size, seed, dtype=float):
