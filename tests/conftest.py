@@ -1,5 +1,6 @@
 """Annotations are enforced in every test, and problems that several test files share."""
 
+import ctypes
 import gc
 import os
 import resource
@@ -52,15 +53,27 @@ def float64():
         yield
 
 
+@pytest.fixture
+def optimised():
+    """As users compile, for one test; left on, all that follows would compile twice as long."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget():
-    """Compiled programs go when a worker has grown to 1 GB, else it grows to several."""
+    """Compiled programs go when a worker has grown to 2 GB, else it grows to several."""
     yield
     jax.config.update("jax_enable_x64", False)  # a script's main may have set it
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    if pages * resource.getpagesize() > 1e9:
+    if pages * resource.getpagesize() > 2e9:
         jax.clear_caches()
         gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc, which keeps what is free
+        if trim is not None:
+            trim(0)
 
 
 @eqx.filter_jit  # compiled once: eager operations compile one by one

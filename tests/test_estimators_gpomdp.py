@@ -69,7 +69,8 @@ def test_filter_of_three_steps(name):
         log_m, alpha = likelihood(kernel, start_distribution(kernel), traj, num_obs=1)
         return jnp.vdot(weight, log_m), (log_m, alpha)
 
-    (value, (log_m, alpha)), gradient = eqx.filter_value_and_grad(total, has_aux=True)(kernel)
+    slope = eqx.filter_jit(eqx.filter_value_and_grad(total, has_aux=True))
+    (value, (log_m, alpha)), gradient = slope(kernel)
     m, last, total_value, by_cell, by_head = GOLDEN[name]
     assert np.allclose(jnp.exp(log_m), m, atol=1e-8)
     assert np.allclose(alpha, [last, 1 - last], atol=1e-8)
@@ -148,13 +149,23 @@ def test_exp_by_observations_is_unbiased_for_the_policy_that_draws_actions_apart
     assert largest_difference(acted, eqx.filter(gradient, eqx.is_inexact_array)) > 1e-3
 
 
+def returns_of_both(kernel, pomdp):
+    """Of the controller, and of the policy that draws actions apart."""
+
+    @eqx.filter_jit
+    def both(kernel):
+        apart = enumeration.enumerate_return(expected_kernel(kernel), pomdp, **ONE)
+        return enumeration.expected_return(kernel, pomdp, **ONE), apart
+
+    return both(kernel)
+
+
 def test_the_two_policies_agree_where_successors_are_certain():
     pomdp = make_pomdp(jr.key(0))
     successors = jnp.array([[[1], [0]], [[0], [1]]])
     head = make_finite_kernel(jr.key(1)).head.logits
     kernel = finite_kernel(jnp.zeros((2, 2, 1)), head, successors)
-    value = enumeration.expected_return(kernel, pomdp, **ONE)
-    assert np.allclose(enumeration.enumerate_return(expected_kernel(kernel), pomdp, **ONE), value)
+    assert np.allclose(*returns_of_both(kernel, pomdp))
 
 
 def test_a_held_choice_pays_one_to_the_controller_and_a_half_to_the_other_policy():
@@ -166,9 +177,7 @@ def test_a_held_choice_pays_one_to_the_controller_and_a_half_to_the_other_policy
     cell = jnp.zeros((3, 1, 2)).at[1:, 0, 1].set(-jnp.inf)
     head = jnp.zeros((3, 1, 2)).at[1, 0, 1].set(-40.0).at[2, 0, 0].set(-40.0)
     kernel = finite_kernel(cell, head, successors)
-    setting = {"gamma": 1.0, "num_steps": 3}
-    assert np.allclose(enumeration.expected_return(kernel, pomdp, **setting), 2)
-    assert np.allclose(enumeration.enumerate_return(expected_kernel(kernel), pomdp, **setting), 1)
+    assert np.allclose(returns_of_both(kernel, pomdp), [2, 1])
 
 
 @pytest.mark.slow
@@ -209,33 +218,34 @@ def trajectory(kernel, *, starts=(0,)):
     return integers(make_trajectory(kernel, jr.key(2), num_steps=12, starts=starts))
 
 
-@pytest.mark.parametrize("starts", [(0,), (0, 4, 5, 9)])
 @pytest.mark.parametrize("name", LIKELIHOODS)
-def test_segments_give_the_numbers_of_single_steps(name, starts):
+def test_segments_give_the_numbers_of_single_steps(name):
     kernel = random_controller(4, 2, 2, out_degree=2, std=1.0, key=jr.key(1))
-    traj, baseline = trajectory(kernel, starts=starts), jr.normal(jr.key(3), (12,))
+    baseline = jr.normal(jr.key(3), (12,))
     start = gpomdp.init(kernel, memory_of(name, kernel))
     step = partial(gpomdp.step, LIKELIHOODS[name], kernel, beta=0.9)
     segment = partial(gpomdp.segment, LIKELIHOODS[name], kernel, beta=0.9)
 
     @eqx.filter_jit
-    def streamed(state):
+    def streamed(state, traj):
         one = lambda state, x: (step(state, x[0], baseline=x[1]), None)
         return jax.lax.scan(one, state, (traj, baseline))[0]
 
     @eqx.filter_jit
-    def parallel(state):
+    def parallel(state, traj):
         for a, b in ((0, 5), (5, 6), (6, 12)):
             part = jax.tree.map(lambda x: x[a:b], (traj, baseline))  # noqa: B023
             state = segment(state, part[0], baseline=part[1])
         return state
 
-    one, other = streamed(start), parallel(start)
-    assert one.count == other.count == 12
-    assert np.allclose(one.memory, other.memory, rtol=1e-12)
-    assert largest_difference(one.estimate, jax.tree.map(jnp.zeros_like, one.estimate)) > 0.01
-    for field in ("estimate", "trace", "sensitivity"):
-        assert_trees_close(getattr(one, field), getattr(other, field), rtol=1e-10, atol=1e-13)
+    for starts in ((0,), (0, 4, 5, 9)):
+        traj = trajectory(kernel, starts=starts)
+        one, other = streamed(start, traj), parallel(start, traj)
+        assert one.count == other.count == 12
+        assert np.allclose(one.memory, other.memory, rtol=1e-12)
+        assert largest_difference(one.estimate, jax.tree.map(jnp.zeros_like, one.estimate)) > 0.01
+        for field in ("estimate", "trace", "sensitivity"):
+            assert_trees_close(getattr(one, field), getattr(other, field), rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.slow
@@ -287,14 +297,20 @@ def test_action_filtering_finds_the_istate_that_actions_reveal():
 def test_values_are_mean_returns_by_istate_and_observation():
     kernel = make_finite_kernel(jr.key(1))
     trajs = [trajectory(kernel, starts=(0, 5)), trajectory(kernel, starts=(0,))]
-    trajs = jax.tree.map(lambda *x: jnp.stack(x), *trajs)
-    returns = jax.vmap(lambda traj: gpomdp.returns(traj, 0.9))(trajs)
-    certain = jax.nn.one_hot(trajs.z, 2)
-    values = gpomdp.collect(certain, trajs.obs, returns, num_places=2)
-    baseline = gpomdp.value_baseline(values, certain, trajs.obs)
+    trajs = jax.tree.map(lambda *x: np.stack(x), *trajs)
+
+    @jax.jit
+    def baselines(trajs):
+        certain = jax.nn.one_hot(trajs.z, 2)
+        returns = jax.vmap(lambda traj: gpomdp.returns(traj, 0.9))(trajs)
+        values = gpomdp.collect(certain, trajs.obs, returns, num_places=2)
+        one = partial(gpomdp.value_baseline, values)
+        even = one(jnp.full((2, 12, 2), 0.5), trajs.obs)
+        return values, returns, one(certain, trajs.obs), even
+
+    values, returns, baseline, even = baselines(trajs)
     for g, o in np.ndindex(2, 2):
         here = (trajs.z == g) & (trajs.obs == o)
         assert np.allclose(baseline[here], returns[here].mean())
-    even = gpomdp.value_baseline(values, jnp.full((2, 12, 2), 0.5), trajs.obs)
     table = values.sums / values.counts
     assert np.allclose(even, table.mean(0)[trajs.obs])

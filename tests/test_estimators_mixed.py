@@ -48,7 +48,7 @@ def every_outcome(kernel, obs, z):
     return z_next, action, jnp.repeat(weight, ACTIONS) * chance
 
 
-@pytest.mark.parametrize("name", ["gru", "linear", "lru"])
+@pytest.mark.parametrize("name", ["gru", "lru"])
 def test_the_expected_gradient_is_that_of_the_score(name):
     """For any V, reward and rest: the mean over z' by quadrature, over actions by enumeration."""
     kernel = make_kernel(name, jr.key(0), state_std=STD, num_actions=ACTIONS)
@@ -87,10 +87,10 @@ def test_the_expected_gradient_is_that_of_the_score(name):
 def test_slope_of_the_value_is_its_central_difference(name):
     kernel = make_kernel(name, jr.key(0), state_std=STD)
     critic, steps = make_critic(kernel), make_trajectory(kernel, jr.key(1))
-    slope = jax.vmap(Flat())(value_slope(critic, steps, gamma=GAMMA))
+    slope = jax.jit(lambda: jax.vmap(Flat())(value_slope(critic, steps, gamma=GAMMA)))()
     assert np.all(np.asarray(slope)[np.asarray(steps.terminated)] == 0)
     units = [1e-5, 1e-5j] if name == "lru" else np.eye(2) * 1e-5
-    value = lambda change: GAMMA * jax.vmap(critic)(steps.final_obs, steps.z_next + change)
+    value = jax.jit(lambda u: GAMMA * jax.vmap(critic)(steps.final_obs, steps.z_next + u))
     truth = np.stack([(value(u) - value(-u)) / 2e-5 for u in units], -1)
     truth[np.asarray(steps.terminated)] = 0
     assert np.allclose(slope, truth, atol=1e-9)
@@ -128,8 +128,14 @@ def test_away_from_the_recorded_policy_moves_are_clipped(name, clip):
     kernel = jax.tree.map(lambda x: nearby(x) if eqx.is_inexact_array(x) else x, old)
     kernel = eqx.tree_at(lambda k: (k.normalizer, k.z0), kernel, (old.normalizer, old.z0))
     critic, steps = make_critic(old), make_trajectory(old, jr.key(1))
-    recorded = record(old, critic, steps, jnp.asarray(DELTA), jnp.asarray(REST))[1]
-    out = mixed_surrogate(kernel, steps, kernel.log_prob(steps), recorded, clip=clip)
+
+    @eqx.filter_jit
+    def objective(kernel, clip):
+        recorded = record(old, critic, steps, jnp.asarray(DELTA), jnp.asarray(REST))[1]
+        new = kernel.log_prob(steps)
+        return recorded, mixed_surrogate(kernel, steps, new, recorded, clip=clip)
+
+    recorded, out = objective(kernel, clip)
     truth = [
         slow_objective(
             kernel, old, jax.tree.map(itemgetter(t), steps), slope, DELTA[t], REST[t], clip

@@ -31,7 +31,7 @@ estimate = eqx.filter_jit(score_estimate)
 
 
 @pytest.mark.parametrize("segment_length", [1, 3])
-@pytest.mark.parametrize("name", ["gru", "linear", "finite"])
+@pytest.mark.parametrize("name", ["gru", "finite"])
 def test_noise_makes_segment_length_irrelevant(name, segment_length):
     kernel = make_kernel(name, jr.key(0), state_std=0.3)
     traj = make_trajectory(kernel, jr.key(1))
@@ -40,9 +40,8 @@ def test_noise_makes_segment_length_irrelevant(name, segment_length):
     assert_trees_close(short, whole, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["window", "empty"])
-def test_cells_without_parameters_make_segment_length_irrelevant(name):
-    kernel = make_kernel(name, jr.key(0))
+def test_a_cell_without_parameters_makes_segment_length_irrelevant():
+    kernel = make_kernel("window", jr.key(0))
     traj = make_trajectory(kernel, jr.key(1))
     whole = estimate(kernel, traj, traj.reward, segment_length=12)
     short = estimate(kernel, traj, traj.reward, segment_length=1)
@@ -126,7 +125,7 @@ def test_score_estimate_of_controller_is_unbiased(segment_length, weight):
 
 @pytest.mark.parametrize(
     ("name", "weight"),
-    [("gru", whole_return), ("gru", reward_to_go), ("linear", reward_to_go)],
+    [("gru", reward_to_go), ("linear", reward_to_go)],
 )
 def test_bptt_through_the_whole_episode_is_unbiased(name, weight):
     kernel = make_kernel(name, jr.key(1))
@@ -310,7 +309,7 @@ def test_reinforce_is_the_loop_over_parameters(name):
     assert np.allclose(out, truth, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "segment_length"), [("gru", 1), ("gru", 3), ("finite", 6)])
+@pytest.mark.parametrize(("name", "segment_length"), [("gru", 3), ("finite", 6)])
 def test_gpomdp_is_the_loop_over_parameters_and_steps(name, segment_length):
     kernel, trajs, alive, reward = episodes(name)
     out = eqx.filter_jit(episodic_gpomdp)(
@@ -339,8 +338,9 @@ def test_gpomdp_of_a_computed_state_is_bptt():
 def test_the_baseline_removes_a_constant_return():
     score = {"a": jr.normal(jr.key(0), (7, 2, 3)), "b": jr.normal(jr.key(1), (7,))}
     returns = jr.normal(jr.key(2), (7,))
-    assert_trees_close(reinforce(score, returns), reinforce(score, returns + 5), rtol=1e-10)
-    flat = reinforce(score, jnp.full(7, 3.0))
+    jitted = jax.jit(reinforce)
+    assert_trees_close(jitted(score, returns), jitted(score, returns + 5), rtol=1e-10)
+    flat = jitted(score, jnp.full(7, 3.0))
     assert largest_difference(flat, jax.tree.map(jnp.zeros_like, flat)) < 1e-14
 
 

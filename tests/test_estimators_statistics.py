@@ -23,13 +23,6 @@ from spg.types import policy_view
 SMALL = {"num_envs": 16, "num_steps": 32, "num_minibatches": 8, "z_size": 8, "hidden": (16,)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fast_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def record(config, env, kernel, carry, key):
     """Steps of the kernel that no update has seen."""
     run = partial(rollout, kernel, env, num_steps=config.num_steps)

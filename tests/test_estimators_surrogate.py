@@ -1,3 +1,5 @@
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -28,18 +30,20 @@ def test_the_first_ratio_is_one_and_its_gradient_the_score_estimate(
     kernel = make_kernel(name, jr.key(0), state_std=state_std)
     traj = make_trajectory(kernel, jr.key(1))
     segments = split_segments(traj, segment_length)
+    advantage = jr.normal(jr.key(2), segments.reward.shape)
     score = eqx.filter_jit(lambda kernel: jax.vmap(kernel.log_prob)(segments))
     old = score(kernel)
-    advantage = jr.normal(jr.key(2), old.joint.shape)
 
+    @eqx.filter_jit
+    @partial(eqx.filter_grad, has_aux=True)
     def objective(kernel):
-        return ppo_surrogate(score(kernel), old, advantage, clip=0.2).objective.sum()
+        surrogate = ppo_surrogate(score(kernel), old, advantage, clip=0.2)
+        return surrogate.objective.sum(), surrogate
 
-    surrogate = ppo_surrogate(score(kernel), old, advantage, clip=0.2)
+    gradient, surrogate = objective(kernel)
     assert np.array_equal(surrogate.objective, advantage)  # the ratio is exactly 1
     assert not np.any(surrogate.clipped)
     assert not any(np.any(kl) for kl in (surrogate.kl, surrogate.kl_action, surrogate.kl_z))
-    gradient = eqx.filter_jit(eqx.filter_grad(objective))(kernel)
     estimate = eqx.filter_jit(score_estimate)(
         kernel, traj, advantage.reshape(-1), segment_length=segment_length
     )
@@ -116,19 +120,21 @@ def test_clip_can_be_vmapped():
     assert np.allclose(sweep, jnp.stack(plain), rtol=1e-12)
 
 
+@jax.jit
+@partial(jax.grad, has_aux=True)
+def of_one_step(log_ratio, advantage):
+    zero = jnp.zeros_like(log_ratio)
+    new, old = (LogProb(zero, x, zero) for x in (log_ratio, zero))
+    out = ppo_surrogate(new, old, advantage, clip=0.2)
+    return out.objective, out
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("log_ratio", [-1e3, -100.0, 21.0, 100.0, 1e3])
 @pytest.mark.parametrize("advantage", [-2.0, 2.0])
 def test_a_ratio_beyond_the_range_of_exp_is_finite_and_points_back(log_ratio, advantage, dtype):
     """Beyond e^20 the objective is the tangent of exp there, clipped as before."""
-    zero, advantage = jnp.zeros((), dtype), jnp.asarray(advantage, dtype)
-    old = LogProb(zero, zero, zero)
-
-    def both(x):
-        out = ppo_surrogate(LogProb(zero, x, zero), old, advantage, clip=0.2)
-        return out.objective, out
-
-    slope, out = jax.grad(both, has_aux=True)(jnp.asarray(log_ratio, dtype))
+    slope, out = of_one_step(jnp.asarray(log_ratio, dtype), jnp.asarray(advantage, dtype))
     assert all(np.isfinite(x) for x in (slope, *out))
     assert out.clipped == 1
     assert min(out.kl, out.kl_action, out.kl_z) >= 0

@@ -303,13 +303,12 @@ def test_what_has_converged_is_right_and_what_mixes_has_converged(dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_what_has_converged_is_right_of_five_thousand_chains(dtype):
-    jax.config.update("jax_disable_most_optimizations", False)
     for seed in range(9):
         check_converged(62, 20, dtype, seed)
     check_converged(3, 110, dtype, 9)
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def test_a_slow_direction_is_seen_whatever_the_states():

@@ -248,15 +248,14 @@ def test_one_agent_alone_cannot_leave_the_poor_match():
     assert (gradient <= gradient[:, :1] + 1e-12).all()
 
 
+@pytest.mark.usefixtures("optimised")
 def test_many_worlds_at_once_are_solved_as_each_alone():
     """Of a batch this large, XLA on a CPU got products with broadcast vectors wrong, once."""
     policies, weights = kstep.all_policies(3, 2), jnp.full(8, 1 / 8)
     one = lambda pomdp: kstep.kstep_values(pomdp, policies, weights, k=1, gamma=GAMMA)
     worlds = [dense(traps.random_aggregated(seed=seed).pomdp) for seed in range(40)]
     batch = jax.tree.map(lambda *x: jnp.concatenate([jnp.stack(x)] * 25), *worlds)
-    jax.config.update("jax_disable_most_optimizations", False)
     solutions = jax.jit(jax.vmap(one))(batch)
-    jax.config.update("jax_disable_most_optimizations", True)
     assert solutions.error.shape == (1000,)
     assert solutions.error.max() < 1e-12
     alone = jax.jit(one)(worlds[7])

@@ -32,37 +32,40 @@ SOME_KERNELS = [("gru", None), ("linear", 0.3), ("associative", None), ("finite"
 
 
 log_prob = eqx.filter_jit(lambda kernel, traj: kernel.log_prob(traj))
+draw = eqx.filter_jit(lambda kernel, obs, z, key: kernel.sample(obs, z, key=key))
+mode = eqx.filter_jit(lambda kernel, obs, z: kernel.mode(obs, z))
 
 
 @pytest.mark.parametrize(("name", "state_std"), KERNELS)
 def test_log_prob_scores_what_sample_drew(name, state_std):
     """Step by step, with the internal state reset by hand where episodes open."""
     kernel = make_kernel(name, jr.key(0), state_std=state_std)
-    traj = make_trajectory(kernel, jr.key(1), starts=(0, 3, 4, 9))
-    scored = log_prob(kernel, traj)
+    traj = make_trajectory(kernel, jr.key(1))
+    z, z_next = np.array(traj.z_next), np.asarray(traj.z_next)
+    for t in range(12):
+        z[t] = kernel.z0 if traj.first[t] else z_next[t - 1]
 
     @jax.jit
+    @jax.vmap
     def score(obs, z, z_next, action):
         head = kernel.head(obs, z_next)
         return kernel.cell(obs, z).log_prob(z_next), head.log_prob(action), head.entropy()
 
-    traj, z = jax.tree.map(np.asarray, traj), None
-    for t in range(12):
-        z = np.asarray(kernel.z0) if traj.first[t] else z
-        assert np.allclose(traj.z[t], z)
-        truth = score(traj.obs[t], z, traj.z_next[t], traj.action[t])
-        for recorded, true in zip(scored, truth, strict=True):
-            assert np.allclose(recorded[t], true, rtol=1e-10)
-        z = traj.z_next[t]
+    scored = log_prob(kernel, traj)
+    assert np.allclose(traj.z, z)
+    truth = score(traj.obs, z, z_next, traj.action)
+    for recorded, true in zip(scored, truth, strict=True):
+        assert np.allclose(recorded, true, rtol=1e-10)
     assert np.array_equal(scored.joint, scored.z + scored.action)
 
 
 @pytest.mark.parametrize(("name", "state_std"), SOME_KERNELS)
 def test_a_segment_that_opens_inside_an_episode_carries_on_from_its_z(name, state_std):
     kernel = make_kernel(name, jr.key(0), state_std=state_std)
-    traj = make_trajectory(kernel, jr.key(1), starts=(0, 8))
-    tail = jax.tree.map(lambda x: x[5:], traj)
-    whole = jax.tree.map(lambda x: x[5:], log_prob(kernel, traj))
+    traj = make_trajectory(kernel, jr.key(1))
+    tail = jax.tree.map(lambda x: np.asarray(x)[7:], traj)
+    assert tail.first.tolist() == [False, False, True, False, False]
+    whole = jax.tree.map(lambda x: np.asarray(x)[7:], log_prob(kernel, traj))
     assert_trees_close(log_prob(kernel, tail), whole, rtol=1e-10)
 
 
@@ -86,11 +89,10 @@ def test_vanishing_noise_recovers_the_computed_kernel(name):
     """The same keys draw the same z' and a up to O(σ), and score the actions alike."""
     computed = make_kernel(name, jr.key(0))
     traj = make_trajectory(computed, jr.key(1))
+    start = traj.obs[0], traj.z[0]
     for state_std in (1e-3, 1e-6, 1e-9):
         noisy = make_kernel(name, jr.key(0), state_std=state_std)
-        assert_trees_close(
-            noisy.mode(traj.obs[0], traj.z[0]), computed.mode(traj.obs[0], traj.z[0])
-        )
+        assert_trees_close(mode(noisy, *start), mode(computed, *start))
         drawn = make_trajectory(noisy, jr.key(1))
         assert np.array_equal(drawn.action, traj.action)
         assert np.allclose(drawn.z_next, traj.z_next, rtol=0, atol=20 * state_std)
@@ -132,20 +134,35 @@ def test_a_drawn_internal_state_is_differentiable_in_the_kernel():
     assert np.any(drawn.location.gru.weight_hh)
 
 
+def test_a_kernel_runs_without_jit():
+    kernel = make_kernel("gru", jr.key(0))
+    traj = make_trajectory(kernel, jr.key(1))
+    assert_trees_close(kernel.log_prob(traj), log_prob(kernel, traj), rtol=1e-10)
+    plain = kernel.sample(traj.obs[3], traj.z[3], key=jr.key(2))
+    drawn = draw(kernel, traj.obs[3], traj.z[3], jr.key(2))
+    for a, b in zip(drawn, plain, strict=True):
+        assert np.allclose(a, b, rtol=1e-12)
+
+
 @pytest.mark.parametrize(("name", "state_std"), SOME_KERNELS)
-def test_kernels_agree_under_jit_and_vmap(name, state_std):
+def test_kernels_agree_under_vmap(name, state_std):
     kernel = make_kernel(name, jr.key(0), state_std=state_std)
     keys = jr.split(jr.key(1), 3)
     trajs = [make_trajectory(kernel, key) for key in keys]
     batch = jax.tree.map(lambda *x: np.stack(x), *trajs)
-    batch = jax.tree.map(jnp.asarray, batch)
-    plain = jax.tree.map(lambda *x: np.stack(x), *map(kernel.log_prob, trajs))
-    assert_trees_close(jax.jit(jax.vmap(lambda t: kernel.log_prob(t)))(batch), plain, rtol=1e-10)
     obs, z = batch.obs[:, 3], batch.z[:, 3]
-    plain = [kernel.sample(o, x, key=key) for o, x, key in zip(obs, z, keys, strict=True)]
-    drawn = jax.jit(jax.vmap(lambda o, x, key: kernel.sample(o, x, key=key)))(obs, z, keys)
+
+    @jax.jit
+    @jax.vmap
+    def both(traj, obs, z, key):
+        return kernel.log_prob(traj), kernel.sample(obs, z, key=key)
+
+    scored, drawn = both(batch, obs, z, keys)
+    plain = jax.tree.map(lambda *x: np.stack(x), *(log_prob(kernel, traj) for traj in trajs))
+    assert_trees_close(scored, plain, rtol=1e-10)
+    plain = [draw(kernel, *x) for x in zip(obs, z, keys, strict=True)]
     for a, b in zip(drawn, zip(*plain, strict=True), strict=True):
-        assert np.allclose(a, jnp.stack(b), rtol=1e-12)
+        assert np.allclose(a, np.stack(b), rtol=1e-12)
 
 
 def test_scoring_is_traced_once():
@@ -163,9 +180,14 @@ def test_action_and_state_are_drawn_with_different_randomness():
         Normalizer(1),
         jnp.zeros(1),
     )
-    draw = lambda key: kernel.sample(jnp.zeros(1), jnp.zeros(1), key=key)
-    action, z = jax.jit(jax.vmap(draw))(jr.split(jr.key(2), 4000))
-    mean = jax.jit(jax.vmap(lambda z: kernel.head(jnp.zeros(1), z).loc))(z)
+
+    @jax.jit
+    @jax.vmap
+    def drawn(key):
+        action, z = kernel.sample(jnp.zeros(1), jnp.zeros(1), key=key)
+        return action, z, kernel.head(jnp.zeros(1), z).loc
+
+    action, z, mean = drawn(jr.split(jr.key(2), 4000))
     noise = np.stack([action - mean, z - z.mean(0)])[..., 0]
     assert abs(np.corrcoef(noise)[0, 1]) < 4 / 4000**0.5
 
@@ -284,8 +306,8 @@ def test_policy_and_critic_see_their_own_part_of_an_observation():
     kernel = make_kernel("gru", jr.key(0))
     critic = Critic(3, 2, [4], key=jr.key(1))
     obs, z = Observation(jnp.ones(2), jnp.arange(3.0)), jnp.zeros(2)
-    draw = lambda obs: kernel.sample(obs, z, key=jr.key(2))
-    assert_trees_close(draw(obs), draw(obs.policy), rtol=0)
-    value = critic(obs, z)
-    assert value == critic(obs.critic, z)
-    assert value != critic(obs._replace(critic=jnp.zeros(3)), z)
+    drawn = lambda obs: draw(kernel, obs, z, jr.key(2))
+    assert_trees_close(drawn(obs), drawn(obs.policy), rtol=0)
+    value = eqx.filter_jit(critic)
+    assert value(obs, z) == value(obs.critic, z)
+    assert value(obs, z) != value(obs._replace(critic=jnp.zeros(3)), z)

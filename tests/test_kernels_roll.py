@@ -60,11 +60,17 @@ def test_with_noise_a_roll_chains_draws_of_the_cell(name, state_std):
     assert np.allclose(rolled.z[0], steps.z[0])
     for t in range(1, 8):
         assert np.array_equal(rolled.z[t], kernel.z0 if t in STARTS else rolled.z_next[t - 1])
-    law: Any = jax.vmap(kernel.cell)(steps.obs, rolled.z)
-    truth = jax.vmap(lambda law, x: law.log_prob(x))(law, rolled.z_next)
+
+    @jax.jit
+    @jax.vmap
+    def score(obs, z, z_next):
+        law: Any = kernel.cell(obs, z)
+        return law.loc, law.log_prob(z_next)
+
+    loc, truth = score(steps.obs, rolled.z, rolled.z_next)
     assert np.allclose(rolled.log_prob, truth, rtol=1e-9, atol=1e-12)
     if state_std is not None:
-        assert np.unique(np.abs(rolled.z_next - law.loc)).size >= 8
+        assert np.unique(np.abs(rolled.z_next - loc)).size >= 8
 
 
 def test_the_noise_of_a_roll_is_that_of_the_cell_and_fresh_in_every_step():
@@ -91,8 +97,8 @@ def test_a_roll_of_one_step_is_a_draw_and_opens_where_first():
         rolled = roll(kernel, steps, jr.key(3))
         z = kernel.z0 if starts else steps.z[0]
         assert np.array_equal(rolled.z[0], z)
-        scored = kernel.cell(steps.obs[0], z).log_prob(rolled.z_next[0])
-        assert np.allclose(rolled.log_prob[0], scored, rtol=1e-10)
+        score = jax.jit(lambda obs, z, x, kernel=kernel: kernel.cell(obs, z).log_prob(x))
+        assert np.allclose(rolled.log_prob[0], score(steps.obs[0], z, rolled.z_next[0]), rtol=1e-10)
 
 
 def test_gradients_of_a_computed_roll_reach_back_to_the_opening_of_the_episode():
@@ -112,18 +118,28 @@ def test_gradients_of_a_drawn_roll_are_those_of_its_steps_alone(key):
     """z' = location(o, z) + σ n, with constants for z and n in every step."""
     kernel, steps = make("gru", 0.3, num_steps=5, starts=(2,))
     rolled = roll(kernel, steps, key)
-    law: Any = jax.vmap(kernel.cell)(steps.obs, rolled.z)
-    noise = (rolled.z_next - law.loc) / law.std
+
+    @jax.jit
+    def draws():
+        law: Any = jax.vmap(kernel.cell)(steps.obs, rolled.z)
+        return (rolled.z_next - law.loc) / law.std
+
+    noise = draws()
 
     def alone(kernel):
         law: Any = jax.vmap(kernel.cell)(steps.obs, rolled.z)
         return law.loc + law.std * noise
 
     weight = jr.normal(jr.key(4), noise.shape)
-    slope = lambda f: eqx.filter_jit(eqx.filter_grad(lambda kernel: jnp.vdot(weight, f(kernel))))
-    truth = slope(alone)(kernel)
-    for part in ("z_next", "chosen"):
-        found = slope(lambda kernel, p=part: getattr(kernel.roll(steps, key=key), p))(kernel)
+    slope = lambda f: eqx.filter_grad(lambda kernel: jnp.vdot(weight, f(kernel)))
+
+    @eqx.filter_jit
+    def slopes(kernel):
+        part = lambda name: lambda kernel: getattr(kernel.roll(steps, key=key), name)
+        return [slope(f)(kernel) for f in (alone, part("z_next"), part("chosen"))]
+
+    truth, *both = slopes(kernel)
+    for found in both:
         assert_trees_close(found, truth, rtol=1e-10, atol=1e-13)
     assert np.abs(truth.cell.distribution.location.gru.weight_hh).max() > 1e-2
 
@@ -150,29 +166,43 @@ def test_draw_without_a_key_is_the_mode():
 
 @pytest.mark.parametrize("make_head", [TanhNormalHead, DeterministicHead])
 def test_heads_of_small_gain_start_near_the_middle_with_the_deviation_asked_for(make_head):
-    head = make_head([5, 16, 2], std=0.3, gain=0.01, key=jr.key(0))
-    law = head(jnp.array([1.0, -2.0, 0.5]), jnp.array([0.3, 0.1]))
-    assert np.allclose(law.std, 0.3, rtol=0.05)
-    assert np.abs(law.mode()).max() < 0.05
-    far = jitter(head, jr.key(1), 3.0)(5 * jnp.ones(3), jnp.ones(2))
-    assert np.all(np.abs(far.mode()) <= 1)
-    assert np.abs(far.mode()).max() > 0.9
+
+    @eqx.filter_jit
+    def start_and_far():
+        head = make_head([5, 16, 2], std=0.3, gain=0.01, key=jr.key(0))
+        law = head(jnp.array([1.0, -2.0, 0.5]), jnp.array([0.3, 0.1]))
+        far = jitter(head, jr.key(1), 3.0)(5 * jnp.ones(3), jnp.ones(2))
+        return head, law.std, law.mode(), far.mode()
+
+    head, std, mode, far = start_and_far()
+    assert np.allclose(std, 0.3, rtol=0.05)
+    assert np.abs(mode).max() < 0.05
+    assert np.all(np.abs(far) <= 1)
+    assert np.abs(far).max() > 0.9
     assert trainable(head).log_std == (make_head is TanhNormalHead)
 
 
 def test_the_tanh_normal_head_has_a_deviation_of_its_own_for_each_input_and_integrates_to_one():
-    head = jitter(TanhNormalHead([3, 8, 1], std=0.5, key=jr.key(0)), jr.key(1))
-    laws = [head(jnp.array([x]), jnp.array([0.4, -0.3])) for x in (-1.0, 2.0)]
-    assert not np.allclose(laws[0].std, laws[1].std, rtol=0.1)
     u, width = np.linspace(-12, 12, 20001, retstep=True)
-    for law in laws:
-        assert np.allclose(law.mode(), np.tanh(law.loc))
-        density = jax.vmap(lambda x, law=law: jnp.exp(law.log_prob(x)))(jnp.tanh(u)[:, None])
-        inside = np.abs(np.tanh(u)) < 1
-        assert np.isclose(np.sum((density / np.cosh(u) ** 2)[inside]) * width, 1, rtol=1e-8)
+
+    @jax.jit
+    @partial(jax.vmap, in_axes=(0, None))
+    def of(obs, actions):
+        head = jitter(TanhNormalHead([3, 8, 1], std=0.5, key=jr.key(0)), jr.key(1))
+        law: Any = head(obs, jnp.array([0.4, -0.3]))
         x, log_prob = law.sample_and_log_prob(key=jr.key(2))
-        assert np.abs(x).max() < 1
-        assert np.allclose(log_prob, law.log_prob(x), rtol=1e-8)
+        density = jnp.exp(jax.vmap(law.log_prob)(actions))
+        return law.loc, law.std, law.mode(), density, x, log_prob, law.log_prob(x)
+
+    found = of(jnp.array([[-1.0], [2.0]]), jnp.tanh(u)[:, None])
+    loc, std, mode, density, x, log_prob, scored = map(np.asarray, found)
+    assert not np.allclose(std[0], std[1], rtol=0.1)
+    assert np.allclose(mode, np.tanh(loc))
+    inside = np.abs(np.tanh(u)) < 1
+    mass = np.sum((density / np.cosh(u) ** 2)[:, inside], 1) * width
+    assert np.allclose(mass, 1, rtol=1e-8)
+    assert np.abs(x).max() < 1
+    assert np.allclose(log_prob, scored, rtol=1e-8)
 
 
 def test_the_deterministic_head_is_explored_with_a_constant_deviation():
@@ -189,16 +219,20 @@ def test_the_deterministic_head_is_explored_with_a_constant_deviation():
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_the_ensemble_is_that_of_its_members(layer_norm):
     """Each is a perceptron of its own on the critic's view, the action and a feature of z'."""
-    critic = QCritic(
-        3, 2, 4, [8, 6], num_critics=3, layer_norm=layer_norm, key=jr.key(0),
-        feature=lambda z: jnp.concatenate([z.real, z.imag]),
-    )  # fmt: skip
-    critic = eqx.tree_at(
-        lambda c: c.normalizer, critic, Normalizer(3).update(jr.normal(jr.key(1), (9, 3)))
-    )
+
+    @eqx.filter_jit
+    def make_critic():
+        critic = QCritic(
+            3, 2, 4, [8, 6], num_critics=3, layer_norm=layer_norm, key=jr.key(0),
+            feature=lambda z: jnp.concatenate([z.real, z.imag]),
+        )  # fmt: skip
+        seen = Normalizer(3).update(jr.normal(jr.key(1), (9, 3)))
+        return eqx.tree_at(lambda c: c.normalizer, critic, seen)
+
+    critic = make_critic()
     obs, action = Observation(jnp.zeros(1), jnp.array([0.2, -1.0, 3.0])), jnp.array([0.5, -0.5])
     z_next = jnp.array([1.0 + 2j, -0.3 - 1j])
-    found = critic(obs, action, z_next)
+    found = eqx.filter_jit(critic)(obs, action, z_next)
     normalizer = critic.normalizer
     seen = (np.asarray(obs.critic) - normalizer.mean) / np.sqrt(normalizer.var)
     inputs = np.concatenate([seen, action, z_next.real, z_next.imag])

@@ -1,6 +1,7 @@
 """Every script runs two updates; its `init` and `step` can be vmapped over hyper-parameters."""
 
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from jax import lax
+from test_training_loop import assert_same_run
 
 from scripts import gamp, gpomdp, ppo, reinforce
 from spg.training import loop, options
@@ -30,13 +32,28 @@ REPEAT = replace(REINFORCE, env="RepeatFirst-memory", env_params={"delay": 2.0},
 CHAIN = {"env": "MemoryChain-bsuite", "observe": "all"}
 
 
-def two_updates(script, config, tmp_path):
-    config = replace(config, out=str(tmp_path / "run"))
+def run(script, config):
     algorithm = script.make(config)
-    loop.run(config, algorithm, open_run(config, algorithm.name))
+    return loop.run(config, algorithm, open_run(config, algorithm.name))
+
+
+def two_updates(script, config, tmp_path):
+    run(script, replace(config, out=str(tmp_path / "run")))
     data = read_metrics(tmp_path / "run")
     assert data["update"].shape == (2, 2)
     return data
+
+
+def whole_and_half(script, config, tmp_path):
+    """A run, and what is left of it after a kill before the last checkpoint, to be resumed."""
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    run(script, replace(config, checkpoints=2, out=str(whole)))
+    shutil.copytree(whole, half)
+    checkpoints = sorted((half / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    assert len(checkpoints) == 2
+    shutil.rmtree(checkpoints[-1])
+    (half / "summary.json").unlink()
+    return replace(config, checkpoints=2, out=str(half), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +65,7 @@ def test_ppo_runs_with_every_memory(memory, tmp_path):
     assert ((data["kl_z"] > 0).all()) == (memory in ("s2pg", "kstep"))
 
 
+@pytest.mark.slow
 def test_ppo_runs_by_the_score_alone(tmp_path):
     data = two_updates(ppo, replace(PPO, memory_gradient="score", **CHAIN), tmp_path)
     assert np.isfinite(data["gradient_norm"]).all()
@@ -57,6 +75,14 @@ def test_ppo_runs_by_the_score_alone(tmp_path):
 def test_ppo_runs_with_continuous_actions_and_a_privileged_critic(tmp_path):
     config = replace(PPO, env="Pendulum-v1", privileged=True, previous_action=True, cell="linear")
     two_updates(ppo, config, tmp_path)
+
+
+@pytest.mark.slow
+def test_resumed_ppo_equals_the_uninterrupted_one(tmp_path):
+    """Environments, statistics, optimiser and keys are in the checkpoint."""
+    run(ppo, whole_and_half(ppo, replace(PPO, total_steps=128, **CHAIN), tmp_path))
+    assert (tmp_path / "half" / "summary.json").exists()
+    assert_same_run(tmp_path / "whole", tmp_path / "half")
 
 
 BRAX = {"env": "brax/inverted_pendulum", "env_params": {"max_steps_in_episode": 20}}

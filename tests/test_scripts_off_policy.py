@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from conftest import assert_trees_close, largest_difference, make_kernel
 from jax import lax
-from test_scripts import two_updates
+from test_scripts import run, two_updates, whole_and_half
 from test_training_loop import assert_same_run
 
 from scripts import sac, td3
-from spg.training import loop, options, records
+from spg.training import options
 from spg.training.off_policy import adam, collect, improve
 from spg.training.records import RunError
 
@@ -147,22 +147,10 @@ def test_the_buffer_holds_the_last_steps_in_a_chain(script, config):
 @pytest.mark.parametrize(("script", "config"), SCRIPTS[1:])
 def test_resumed_run_equals_the_uninterrupted_one(script, config, tmp_path):
     """Buffer, both optimisers, target networks and temperatures are in the checkpoint."""
-
-    def run(config):
-        algorithm = script.make(config)
-        return loop.run(config, algorithm, records.open_run(config, algorithm.name))
-
-    config = replace(config, total_steps=48, checkpoints=2)
-    run(replace(config, out=str(tmp_path / "whole")))
-    half = replace(config, out=str(tmp_path / "half"))
-    run(replace(half, total_steps=24, checkpoints=1))
-    path = tmp_path / "half" / "config.json"
-    text = path.read_text().replace('"total_steps": 24', '"total_steps": 48')
-    path.write_text(text.replace('"checkpoints": 1', '"checkpoints": 2'))
-    resumed = replace(half, resume=True)
+    resumed = whole_and_half(script, replace(config, total_steps=48), tmp_path)
     with pytest.raises(RunError, match=r"configuration: buffer_size \(was 24, now 48\)"):
-        run(replace(resumed, buffer_size=48))
-    run(resumed)
+        run(script, replace(resumed, buffer_size=48))
+    run(script, resumed)
     assert_same_run(tmp_path / "whole", tmp_path / "half")
 
 

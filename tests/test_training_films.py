@@ -16,14 +16,6 @@ from spg import envs
 from spg.training import films
 from spg.training.drawings import DRAWINGS, animate, finite_world
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 SMALL = spg.PolicyConfig(memory="none", hidden=(2,))
 
 
@@ -125,7 +117,7 @@ def test_a_film_of_a_finite_world_shows_the_state_it_is_in(tmp_path, monkeypatch
         move(t)
         np.testing.assert_allclose(np.ravel(axes.lines[-1].get_data()), [x, y], atol=1e-12)
     assert [text.get_text() for text in axes.texts] == ["north", "east", "south", "west"]
-    env, kernel = opened("loadunload-pomdp")
+    env, kernel = opened("loadunload-pomdp", max_steps_in_episode=5)
     written = films.save(kernel, env, tmp_path, title="Load/Unload", key=jr.key(0))
     assert [path.name for path in written] == ["rollout.png", "rollout.gif"]
     monkeypatch.setattr(films, "DRAWN", 3)  # this world is larger

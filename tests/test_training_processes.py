@@ -136,11 +136,15 @@ def test_a_full_disk_ends_a_run_with_one_line_and_does_not_hang_it(tmp_path, sta
     assert f"error: {out / 'metrics.csv'} cannot be written: File too large" in err
 
 
+def forced(num_devices: str) -> str:
+    flags = os.environ.get("XLA_FLAGS", "")
+    return f"{flags} --xla_force_host_platform_device_count={num_devices}"
+
+
 @pytest.mark.slow
 def test_seeds_are_shared_out_to_devices(tmp_path, start):
-    flags = "--xla_force_host_platform_device_count="
     processes = [
-        start(WALK[0], "--num-seeds=6", "--out", str(tmp_path / n), XLA_FLAGS=flags + n)
+        start(WALK[0], "--num-seeds=6", "--out", str(tmp_path / n), XLA_FLAGS=forced(n))
         for n in ("1", "4")
     ]
     for process in processes:
@@ -154,36 +158,20 @@ def test_seeds_are_shared_out_to_devices(tmp_path, start):
 
 
 PPO = (
-    str(ROOT / "scripts" / "ppo.py"), "--num-envs=4", "--num-steps=8", "--num-minibatches=2",
-    "--num-epochs=1", "--z-size=4", "--eval-episodes=1", "--env=MemoryChain-bsuite",
-    "--observe=all",
+    str(ROOT / "scripts" / "ppo.py"), "--num-seeds=2", "--num-envs=2", "--num-steps=8",
+    "--num-minibatches=2", "--num-epochs=1", "--z-size=4", "--hidden=4", "--eval-episodes=1",
+    "--env=MemoryChain-bsuite", "--observe=all", "--total-steps=96",
 )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_killed_ppo_resumes_to_the_same_bits(tmp_path, start):
-    words = (*PPO, "--num-seeds=2", "--total-steps=192000", "--checkpoints=12", "--out")
-    assert start(*words, str(tmp_path / "whole")).wait() == 0
-    for rows in (2, 30):
-        out = tmp_path / f"killed-{rows}"
-        process = start(*words, str(out))
-        wait_for(lambda: rows_beyond_checkpoint(out) >= rows, process)  # noqa: B023
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert not (out / "summary.json").exists(), "the run ended before it was killed"
-        process = start(PPO[0], "--out", str(out), "--resume")
-        assert process.wait() == 0, process.communicate()[1]
-        assert_same_run(tmp_path / "whole", out)
-
-
-@pytest.mark.slow
 def test_ppo_on_forced_devices_is_the_same(tmp_path, start):
-    flags = "--xla_force_host_platform_device_count="
-    for n in ("1", "4"):
-        words = (*PPO, "--num-seeds=4", "--total-steps=640", "--out", str(tmp_path / n))
-        process = start(*words, XLA_FLAGS=flags + n)
+    for n in ("1", "2"):
+        process = start(*PPO, "--out", str(tmp_path / n), XLA_FLAGS=forced(n))
         _, err = process.communicate()
         assert process.returncode == 0, err
-    one, four = read_metrics(tmp_path / "1"), read_metrics(tmp_path / "4")
+        summary = json.loads((tmp_path / n / "summary.json").read_text())
+        assert len(summary["devices"]) == int(n)
+    one, two = read_metrics(tmp_path / "1"), read_metrics(tmp_path / "2")
     for name in ("return", "policy_loss", "value_loss", "gradient_norm"):
-        np.testing.assert_allclose(one[name], four[name], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-3, atol=1e-4)
