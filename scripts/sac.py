@@ -22,9 +22,16 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from spg.estimators.actor_critic import choose, polyak, q_target, soft_loss, temperature_loss
+from spg.estimators.actor_critic import (
+    Choice,
+    choose,
+    polyak,
+    q_target,
+    soft_loss,
+    temperature_loss,
+)
 from spg.kernels.critics import QCritic
 from spg.kernels.factory import make_kernel
 from spg.kernels.kernel import Kernel
@@ -44,7 +51,7 @@ from spg.training.off_policy import (
     staleness,
     update,
 )
-from spg.types import Env
+from spg.types import Env, Transition
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,11 @@ class Learned(NamedTuple):
     log_temperature: Float[Array, "2"]  # of actions, of z'
     opt_states: tuple[optax.OptState, optax.OptState, optax.OptState]
 
+    @property
+    def temperatures(self) -> Float[Array, "2"]:
+        """τ_a and τ_z."""
+        return jnp.exp(self.log_temperature)
+
 
 def init(
     config: Config, env: Env, key: PRNGKeyArray, *, policy: Callable[..., Kernel] = make_kernel
@@ -99,22 +111,55 @@ def gradient_step(
     """Policy and temperatures, then critics, on one sample of the buffer."""
     place_key, policy_key, next_key = jr.split(key, 3)
     learned, ring = state
-    kernel, critic, slow, log_temperature, opt_states = learned
     place = replay.places(ring, **config.sample, key=place_key)
     segments = replay.take(ring, place)
-    temperature, state_temperature = jnp.exp(log_temperature)
-    keys = jr.split(policy_key, len(segments.reward))
+    kernel, kernel_state, actor_loss, choice = policy_step(config, learned, segments, policy_key)
+    log_temperature, temperature_state = temperature_step(config, learned, choice)
+    if config.last:
+        segments, place = jax.tree.map(lambda x: x[:, -1:], (segments, place))
+    steps, z_next = join_segments((segments, choice.z_next))
+    goal = targets(config, learned._replace(kernel=kernel), steps, z_next, next_key)
+    critic, critic_state, metrics = regress(
+        config.learning_rate, learned.critic, learned.opt_states[1], steps, z_next, goal
+    )
+    slow = polyak(learned.slow, critic, config.target_rate)
+    metrics |= {
+        "actor_loss": actor_loss,
+        "entropy": -choice.log_prob_action.mean(),
+        "entropy_z": -choice.log_prob_z.mean(),
+        "temperature": learned.temperatures[0],
+        "state_temperature": learned.temperatures[1],
+        "staleness": staleness(choice.z_next, segments.z_next),
+    }
+    if config.refreshes:
+        ring = replay.refresh(ring, place, choice.z_next)
+    opt_states = kernel_state, critic_state, temperature_state
+    return (Learned(kernel, critic, slow, log_temperature, opt_states), ring), metrics
 
-    def policy_loss(kernel):
-        one = lambda segment, key: choose(kernel, critic, segment, last=config.last, key=key)
+
+def policy_step(
+    config: Config, learned: Learned, segments: Transition, key: PRNGKeyArray
+) -> tuple[Kernel, optax.OptState, Array, Choice]:
+    """A step of the policy on segments `[S, L]`, its loss, and what it chose before the step."""
+    keys = jr.split(key, len(segments.reward))
+    temperature, state_temperature = learned.temperatures
+    weights = {"temperature": temperature, "state_temperature": state_temperature}
+
+    def loss(kernel):
+        one = lambda x, key: choose(kernel, learned.critic, x, last=config.last, key=key)
         choice = jax.vmap(one)(segments, keys)
-        weights = {"temperature": temperature, "state_temperature": state_temperature}
         return jnp.mean(jax.vmap(partial(soft_loss, **weights))(choice)), choice
 
-    kernel, kernel_state, actor_loss, choice = improve(config, policy_loss, kernel, opt_states[0])
+    return improve(config, loss, learned.kernel, learned.opt_states[0])
 
-    def entropy_loss(log_temperature):
-        sizes = choice.action.shape[-1], Flat()(kernel.z0).size
+
+def temperature_step(
+    config: Config, learned: Learned, choice: Choice
+) -> tuple[Float[Array, "2"], optax.OptState]:
+    """A step of those temperatures that are learned, which keep entropies at their targets."""
+
+    def loss(log_temperature):
+        sizes = choice.action.shape[-1], Flat()(learned.kernel.z0).size
         goals = config.target_entropy * sizes[0], config.state_target_entropy * sizes[1]
         learn = config.learn_temperature, config.learn_state_temperature
         log_probs = choice.log_prob_action, choice.log_prob_z
@@ -122,38 +167,24 @@ def gradient_step(
         losses = [yes * jnp.mean(temperature_loss(x, p, goal)) for yes, x, p, goal in parts]
         return jnp.stack(losses).sum(), None
 
-    log_temperature, temperature_state, _, _ = descend(
-        config.learning_rate, entropy_loss, log_temperature, opt_states[2]
-    )
+    old, state = learned.log_temperature, learned.opt_states[2]
+    log_temperature, state, _, _ = descend(config.learning_rate, loss, old, state)
+    return log_temperature, state
 
-    if config.last:
-        segments, place = jax.tree.map(lambda x: x[:, -1:], (segments, place))
-    steps, z_next = join_segments((segments, choice.z_next))
 
-    def regress_on(step, z_next, key):
-        action, z_after, log_prob = kernel.sample_and_log_prob(step.final_obs, z_next, key=key)
-        q_next = slow(step.final_obs, action, z_after)
-        bonus = -temperature * log_prob.action
+def targets(
+    config: Config, learned: Learned, steps: Transition, z_next: PyTree, key: PRNGKeyArray
+) -> Float[Array, " B"]:
+    """What the critics regress on at steps `[B]`, whose z' is `z_next`."""
+
+    def one(step, z_next, key):
+        choice = learned.kernel.sample_and_log_prob(step.final_obs, z_next, key=key)
+        action, z_after, log_prob = choice
+        q_next = learned.slow(step.final_obs, action, z_after)
+        bonus = -learned.temperatures[0] * log_prob.action
         return q_target(step.reward, step.terminated, q_next, bonus, gamma=config.gamma)
 
-    goal = jax.vmap(regress_on)(steps, z_next, jr.split(next_key, len(steps.reward)))
-
-    critic, critic_state, metrics = regress(
-        config.learning_rate, critic, opt_states[1], steps, z_next, goal
-    )
-    slow = polyak(slow, critic, config.target_rate)
-    metrics |= {
-        "actor_loss": actor_loss,
-        "entropy": -choice.log_prob_action.mean(),
-        "entropy_z": -choice.log_prob_z.mean(),
-        "temperature": temperature,
-        "state_temperature": state_temperature,
-        "staleness": staleness(choice.z_next, segments.z_next),
-    }
-    if config.refreshes:
-        ring = replay.refresh(ring, place, choice.z_next)
-    opt_states = kernel_state, critic_state, temperature_state
-    return (Learned(kernel, critic, slow, log_temperature, opt_states), ring), metrics
+    return jax.vmap(one)(steps, z_next, jr.split(key, len(steps.reward)))
 
 
 def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop.Algorithm:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_type_hints
 
 import equinox as eqx
 import jax
@@ -16,6 +16,7 @@ import jax.random as jr
 import jaxtyping
 import numpy as np
 import pytest
+from tyro.conf import Suppress
 
 from scripts import evaluate, filters, gamp, gpomdp, kstep, ppo, reinforce, sac, td3
 from scripts.benchmarks import (
@@ -248,7 +249,10 @@ def test_defaults_are_in_range_and_every_option_says_what_it_is(script, capsys, 
     page = capsys.readouterr().out
     assert max(map(len, page.splitlines())) <= 80
     words = " ".join(page.replace("│", " ").split())
-    for name in {f.name.replace("_", "-") for f in dataclasses.fields(config)} - {"run"}:
+    hints = get_type_hints(script.Config, include_extras=True)
+    hidden = {name for name, hint in hints.items() if Suppress in getattr(hint, "__metadata__", ())}
+    fields = {field.name for field in dataclasses.fields(config)}
+    for name in {name.replace("_", "-") for name in fields - hidden - {"run"}}:
         assert re.search(rf"--{name}[ ,]", words)
         kinds = r"([A-Z.\[\] ]+|\{[^}]*\}(\|[A-Z]+)?)"
         assert not re.search(rf"--{name} {kinds} \(default", words), f"{name} has no docs"

@@ -13,6 +13,7 @@ import jax.random as jr
 import optax
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from tyro.conf import Suppress
 
 from spg.estimators.actor_critic import polyak
 from spg.estimators.statistics import start_statistics
@@ -62,6 +63,9 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     state_std: Annotated[float, Range(1e-6, 5), Needs(memory="s2pg")] = 0.05
     """standard deviation of the noise on z' at the start, relative to the weight with which a unit
     takes up what is new (s2pg); it is learned"""
+    k: Annotated[int, Suppress] = 8  # of memories that are not for off-policy learning
+    filter: Annotated[str, Suppress] = "belief"
+    leak: Annotated[float, Suppress] = 0.1
     hidden: tuple[Size, ...] = (64, 64)
     """widths of the hidden layers of policy head and critics"""
     total_steps: Total = 600_000

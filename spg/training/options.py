@@ -161,21 +161,21 @@ NUMBERS = ConstructorRegistry()
 """How tyro reads numbers: see `parse`."""
 
 
+def _integer(words: list[str]) -> Any:
+    try:
+        return int(words[0])
+    except ValueError:
+        value = float(words[0])
+        return int(value) if value.is_integer() else value
+
+
 @NUMBERS.primitive_rule
 def _whole(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """An integer, also as 1e6; another number is passed on, for its range refuses it by name."""
     if info.type is not int:
         return None
-
-    def read(words: list[str]) -> Any:
-        try:
-            return int(words[0])
-        except ValueError:
-            value = float(words[0])
-            return int(value) if value.is_integer() else value
-
     return PrimitiveConstructorSpec(
-        nargs=1, metavar="INT", instance_from_str=read,
+        nargs=1, metavar="INT", instance_from_str=_integer,
         is_instance=lambda x: isinstance(x, int), str_from_instance=lambda x: [str(x)],
     )  # fmt: skip
 
