@@ -164,16 +164,20 @@ def evaluation(
 
 
 def watch(
-    kernel: Kernel, env: Env, *, num_steps: int, key: PRNGKeyArray
+    kernel: Kernel, env: Env, *, num_steps: int, noise: bool = False, key: PRNGKeyArray
 ) -> tuple[PyTree, Transition]:
-    """The noise-free policy from a reset on: the environment's states and the steps, `[T, ...]`."""
+    """The noise-free policy from a reset on: the environment's states and the steps, `[T, ...]`.
+
+    With `noise` actions and internal states are sampled.
+    """
     reset_key, key = jr.split(key)
     carry = reset(kernel, env, key=reset_key)
 
     def step(carry, key):
         env_state, obs, z, first = carry
         z = kernel.reset(first, z)
-        action, z_next = kernel.mode(obs, z)
+        sample = partial(kernel.sample, key=jr.fold_in(key, 0))
+        action, z_next = (sample if noise else kernel.mode)(obs, z)
         next_obs, next_state, reward, terminated, truncated, info = env.step(key, env_state, action)
         transition = Transition(
             obs, z, action, z_next, reward, first,

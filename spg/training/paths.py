@@ -1,4 +1,4 @@
-"""Pictures of where the noise-free policy goes in the fields of `PointMass` and `Doors`."""
+"""Pictures of where the policy goes in the fields of `PointMass` and `Doors`."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,10 +48,11 @@ class Paths(NamedTuple):
 
 
 def save(kernel: Kernel, env: Env, own: Any, path: Path, *, key: PRNGKeyArray) -> None:
-    """Draw some episodes of the noise-free policy; `own` is the environment behind the adapter."""
+    """Draw some episodes of the sampled policy; `own` is the environment behind the adapter."""
     count, draw = PATHS[own.name]
     num_steps = int(min(env.params.max_steps_in_episode, LONGEST))
-    play = jax.jit(jax.vmap(lambda key: watch(kernel, env, num_steps=num_steps, key=key)))
+    one = lambda key: watch(kernel, env, num_steps=num_steps, noise=True, key=key)
+    play = jax.jit(jax.vmap(one))
     states, steps = jax.device_get(play(jr.split(key, count)))
     states = states if own is env.environment else states.env
     ends = steps.terminated | steps.truncated
@@ -64,7 +65,7 @@ def save(kernel: Kernel, env: Env, own: Any, path: Path, *, key: PRNGKeyArray) -
     figure = Figure(layout="constrained")
     draw(figure, own, episodes)
     arrived = sum(episode.reached for episode in episodes)
-    figure.suptitle(f"{own.name}: {arrived} of {count} noise-free episodes reach the goal")
+    figure.suptitle(f"{own.name}: {arrived} of {count} episodes reach the goal")
     figure.savefig(path, dpi=100)
 
 
