@@ -104,7 +104,8 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     """the steps of a segment that have a loss: batch-size / L segments and every step, or, as in
     the paper's BPTT, batch-size segments and the last step"""
     critic_state: bool = True
-    """show the critics z'"""
+    """show the critics z', as S2PG has to; Q(s, a) without it is the same for every memory, so
+    that z' is placed for the next action alone, but it is learned sooner"""
     critics: Annotated[int, Range(1, 100, whole=True)] = 2
     """of which the smallest counts in targets"""
 
