@@ -155,28 +155,29 @@ def task(name: str, algorithm: str = "ppo") -> tuple[Any, dict[str, dict[str, An
 
 
 def success(directory: Path, num_episodes: int = 256) -> dict[str, str]:
-    """Of a run in `PointMass` or `Doors`: the share of episodes that reach the goal.
+    """Of a run in `PointMass` or `Doors`, by the sampled policy: return, episodes at the goal.
 
-    Mean over seeds of the sampled policy, and the seeds' least and largest.
+    Means over seeds, and the seeds' least and largest.
     """
     run = policies.load(directory)
     own = run.env.environment.inner  # type: ignore[attr-defined]
 
-    def reaches(kernel, key):
+    def play(kernel, key):
         reset_key, key = jr.split(key)
         start = reset(kernel, run.env, key=reset_key)
         num_steps = int(run.env.params.max_steps_in_episode)
         _, steps, _ = rollout(kernel, run.env, start, num_steps=num_steps, key=key)
         ended = steps.terminated | steps.truncated
-        alive = jnp.cumsum(ended) - ended == 0  # up to the first end, included
-        return (alive & (steps.reward >= own.success_reward)).any()
+        reward = jnp.where(jnp.cumsum(ended) - ended == 0, steps.reward, 0.0)  # up to the first end
+        return reward.sum(), (reward >= own.success_reward).any()
 
-    each = jax.vmap(lambda kernel, keys: jax.vmap(lambda k: reaches(kernel, k))(keys).mean())
+    each = jax.vmap(lambda kernel, keys: jax.vmap(lambda key: play(kernel, key))(keys))
     keys = jr.split(jr.key(0), (len(run.seeds), num_episodes))
-    rates = jax.jit(each)(run.kernels, keys)
+    sampled, reached = (x.mean(1) for x in jax.jit(each)(run.kernels, keys))
     return {
-        "success": f"{rates.mean():.3f}",
-        "seeds_from_to": f"{rates.min():.3f} to {rates.max():.3f}",
+        "sampled": f"{sampled.mean():.4g}",
+        "success": f"{reached.mean():.3f}",
+        "seeds_from_to": f"{reached.min():.3f} to {reached.max():.3f}",
     }
 
 

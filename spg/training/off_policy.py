@@ -185,7 +185,10 @@ def begin(
 def collect(
     config: OffPolicyConfig, env: Env, kernel: Kernel, carry: Carry, key: PRNGKeyArray
 ) -> tuple[Carry, Transition, Episodes]:
-    """A rollout of every environment: steps `[K, N, ...]`, with the actions that were taken."""
+    """A rollout of every environment: steps `[K, N, ...]`, with the actions that were taken.
+
+    The episodes are those of the environments that do not explore.
+    """
 
     def run(correlation, carry, key):
         acting = Exploring(kernel, env.spec.num_actions, correlation)
@@ -195,7 +198,7 @@ def collect(
     keys = jr.split(key, config.num_envs)
     carry, steps, episodes = jax.vmap(run)(correlations, carry, keys)
     steps = jax.tree.map(lambda x: x.swapaxes(0, 1), steps)
-    episodes = jax.tree.map(lambda x: x.sum(0), episodes)
+    episodes = jax.tree.map(lambda x: x[::2].sum(0), episodes)
     action, (z, _), (z_next, _) = jnp.clip(steps.action, -1.0, 1.0), steps.z, steps.z_next
     return carry, steps._replace(action=action, z=z, z_next=z_next), episodes
 
