@@ -113,7 +113,7 @@ def gradient_step(
     learned, ring = state
     place = replay.places(ring, **config.sample, key=place_key)
     segments = replay.take(ring, place)
-    kernel, kernel_state, actor_loss, choice = policy_step(config, learned, segments, policy_key)
+    kernel, kernel_state, actor_loss, choice = actor_step(config, learned, segments, policy_key)
     log_temperature, temperature_state = temperature_step(config, learned, choice)
     if config.last:
         segments, place = jax.tree.map(lambda x: x[:, -1:], (segments, place))
@@ -137,7 +137,7 @@ def gradient_step(
     return (Learned(kernel, critic, slow, log_temperature, opt_states), ring), metrics
 
 
-def policy_step(
+def actor_step(
     config: Config, learned: Learned, segments: Transition, key: PRNGKeyArray
 ) -> tuple[Kernel, optax.OptState, Array, Choice]:
     """A step of the policy on segments `[S, L]`, its loss, and what it chose before the step."""

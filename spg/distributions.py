@@ -36,6 +36,13 @@ class Distribution(Protocol):
     def entropy(self) -> Array: ...
 
 
+@runtime_checkable
+class Reparameterised(Protocol):
+    """A distribution whose draws are made from standard normal noise."""
+
+    def at(self, noise: Any) -> Any: ...
+
+
 class Delta(eqx.Module):
     """The distribution of a computed value: all of its mass is at `loc`."""
 

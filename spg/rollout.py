@@ -166,9 +166,9 @@ def evaluation(
 def watch(
     kernel: Kernel, env: Env, *, num_steps: int, noise: bool = False, key: PRNGKeyArray
 ) -> tuple[PyTree, Transition]:
-    """The noise-free policy from a reset on: the environment's states and the steps, `[T, ...]`.
+    """The policy from a reset on: the environment's states and the steps, `[T, ...]`.
 
-    With `noise` actions and internal states are sampled.
+    With `noise` actions and internal states are sampled, without they are the modes.
     """
     reset_key, key = jr.split(key)
     carry = reset(kernel, env, key=reset_key)
@@ -176,7 +176,7 @@ def watch(
     def step(carry, key):
         env_state, obs, z, first = carry
         z = kernel.reset(first, z)
-        sample = partial(kernel.sample, key=jr.fold_in(key, 0))
+        sample = partial(kernel.sample, key=jr.fold_in(key, 2))  # not a key that `step` splits off
         action, z_next = (sample if noise else kernel.mode)(obs, z)
         next_obs, next_state, reward, terminated, truncated, info = env.step(key, env_state, action)
         transition = Transition(

@@ -62,5 +62,5 @@ def test_the_noise_opens_at_zero_and_becomes_that_of_the_kernel():
 def test_actions_without_such_noise_are_refused():
     kernel = Exploring(make_kernel("gru", jr.key(0)), 2, 0.5)
     z = kernel.kernel.z0, jnp.zeros(2)
-    with pytest.raises(TypeError, match="Categorical has no noise to correlate"):
+    with pytest.raises(ValueError, match="which Categorical cannot do"):
         kernel.sample(jnp.ones(2), z, key=jr.key(1))

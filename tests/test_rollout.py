@@ -43,3 +43,11 @@ def test_a_world_without_a_clock_has_no_return(kernel):
     for evaluate in (spg.evaluation, spg.episode_returns):
         with pytest.raises(ValueError, match=r"goes on for ever.*by max_steps, or by"):
             evaluate(kernel, coin(None), num_episodes=2, key=jr.key(0))
+
+
+def test_what_is_watched_is_the_mode_or_with_noise_a_sample(kernel):
+    play = lambda noise: jax.jit(
+        lambda k: spg.watch(k, coin(8), num_steps=400, noise=noise, key=jr.key(0))[1].action
+    )
+    assert (play(False)(kernel) == 0).all()
+    assert abs(play(True)(kernel).mean() - 0.25) < 4 * np.sqrt(3 / 16 / 400)

@@ -50,9 +50,14 @@ def checked_updates(script, config, tmp_path):
     [
         (sac, SAC, {}),
         slow(td3, TD3, {}),
-        slow(sac, SAC, BPTT | LAST | {"refresh": False}),
-        slow(sac, SAC, {"segment_length": 2, "cell": "lru", "learn_state_temperature": True}),
-        slow(sac, SAC, {"memory": "window", "critic_state": False, "layer_norm": False}),
+        slow(sac, SAC, BPTT | LAST | {"refresh": False, "critic_state": True}),
+        slow(
+            sac,
+            SAC,
+            {"segment_length": 2, "cell": "lru", "critic_state": True}
+            | {"learn_state_temperature": True},
+        ),
+        slow(sac, SAC, {"memory": "window", "critic_state": True, "layer_norm": False}),
         slow(td3, TD3, {"memory": "oracle"} | PENDULUM | DDPG),
     ],
 )
@@ -68,19 +73,24 @@ def test_two_updates(script, config, words, tmp_path):
         assert kept[:, -1].all() != learned
 
 
-def test_every_second_environment_explores():
-    env = options.make_env(SAC, oracle=False)
+def test_every_second_environment_explores_and_the_others_are_reported():
+    config = replace(SAC, num_steps=12)  # episodes have 5 steps
+    env = options.make_env(config, oracle=False)
     start = jax.jit(partial(sac.init, SAC, env))(jr.key(0))
     kernel, carry = start.learned.kernel, start.world.carry
 
-    def actions(correlation):
-        config = replace(SAC, noise_correlation=correlation)
-        return collect(config, env, kernel, carry, jr.key(1))[1].action
+    def run(correlation):
+        words = replace(config, noise_correlation=correlation)
+        _, steps, episodes = collect(words, env, kernel, carry, jr.key(1))
+        return steps, episodes
 
-    white, lasting = jax.jit(jax.vmap(actions))(jnp.array([0.0, 0.9]))
-    apart = jnp.abs(white - lasting).max((0, 2))
+    steps, episodes = jax.jit(jax.vmap(run))(jnp.array([0.0, 0.9]))
+    apart = jnp.abs(steps.action[1] - steps.action[0]).max((0, 2))
     assert (apart[::2] == 0).all()
     assert (apart[1::2] > 1e-3).all()
+    ends = (steps.terminated | steps.truncated).sum(1)
+    np.testing.assert_array_equal(episodes.count, [ends[0].sum(), ends[1, ::2].sum()])
+    assert episodes.count[1] >= 4
 
 
 def test_what_places_z_moves_at_a_rate_of_its_own():

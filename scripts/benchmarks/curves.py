@@ -79,7 +79,7 @@ RINGWORLD: dict[str, dict[str, Any]] = {
 }
 OFF_POLICY: dict[str, dict[str, Any]] = {
     "S2PG": {},
-    "S2PG no z in Q": {"critic_state": False},
+    "S2PG z in Q": {"critic_state": True},
     "S2PG rolled-8": {"segment_length": 8},
     "S2PG rolled-32": {"segment_length": 32},
     "S2PG stale": {"refresh": False},

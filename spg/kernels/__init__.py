@@ -15,6 +15,7 @@ from spg.kernels.cells import (
     Window,
 )
 from spg.kernels.critics import Critic, QCritic
+from spg.kernels.exploring import Exploring
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.filtered import Feature, FilterLocation, filter_cell
 from spg.kernels.finite import (
@@ -61,6 +62,7 @@ __all__ = [
     "Drawn",
     "Empty",
     "ExpectedIState",
+    "Exploring",
     "Feature",
     "FeatureHead",
     "FilterLocation",

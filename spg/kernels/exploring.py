@@ -3,10 +3,9 @@
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-from jax import tree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from spg.distributions import Normal, TanhNormal
+from spg.distributions import Reparameterised
 from spg.kernels.kernel import Kernel
 from spg.types import Scalar, policy_view
 
@@ -18,8 +17,9 @@ class Exploring(eqx.Module):
         a = loc + std ε', or its tanh
 
     The Ornstein-Uhlenbeck process of Lillicrap et al. (2016) in place of white noise: it carries a
-    policy away from where it hovers (Eberhard et al., 2023, compare the colours of noise). Once
-    1/(1 - ρ) steps have passed, an action is distributed as the kernel's; ρ = 0 is the kernel.
+    policy away from where it hovers (Eberhard et al., 2023, compare the colours of noise). After t
+    steps the variance of ε is 1 - ρ^{2t}; in the limit it is that of the kernel. ρ = 0 is the
+    kernel.
     """
 
     kernel: Kernel
@@ -30,21 +30,24 @@ class Exploring(eqx.Module):
     def z0(self) -> tuple[PyTree, Float[Array, " a"]]:
         return self.kernel.z0, jnp.zeros(self.num_actions)
 
-    def reset(self, first: Bool[Array, ""], z: PyTree) -> PyTree:
+    def reset(
+        self, first: Bool[Array, ""], z: tuple[PyTree, Float[Array, " a"]]
+    ) -> tuple[PyTree, Float[Array, " a"]]:
         """z0 where an episode opens."""
-        return tree.map(lambda start, z: jnp.where(first, start, z), self.z0, z)
+        return self.kernel.reset(first, z[0]), jnp.where(first, 0.0, z[1])
 
     def sample(
         self, obs: PyTree, z: tuple[PyTree, Float[Array, " a"]], *, key: PRNGKeyArray
     ) -> tuple[Array, tuple[PyTree, Float[Array, " a"]]]:
-        """Draw a, and (z', ε'). Raises TypeError for actions that are not normal."""
+        """Draw a, and (z', ε'). Raises ValueError if the distribution of a has no `at(noise)`."""
         z, noise = z
         z_key, noise_key = jr.split(key)
         obs = self.kernel.normalizer(policy_view(obs))
         z_next = self.kernel.cell(obs, z).sample(key=z_key)
-        fresh = jr.normal(noise_key, noise.shape)
-        noise = self.correlation * noise + jnp.sqrt(1 - jnp.square(self.correlation)) * fresh
         actions = self.kernel.head(obs, z_next)
-        if not isinstance(actions, Normal | TanhNormal):
-            raise TypeError(f"{type(actions).__name__} has no noise to correlate; Normal has")
-        return actions.at(noise), (z_next, noise)
+        if not isinstance(actions, Reparameterised):
+            kind = type(actions).__name__
+            raise ValueError(f"actions that explore are made from noise, which {kind} cannot do")
+        fresh = jr.normal(noise_key, noise.shape, noise.dtype)
+        noise = self.correlation * noise + jnp.sqrt(1 - jnp.square(self.correlation)) * fresh
+        return actions.at(noise), (z_next, noise.astype(fresh.dtype))

@@ -87,13 +87,13 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     learning_rate: Positive = 1e-3
     """of Adam, for critics and temperatures"""
     actor_learning_rate: Positive = 1e-3
-    """of Adam, for the policy"""
+    """of Adam, for the head of the policy"""
     state_learning_rate: Annotated[NonNegative, Needs(memory=DRAWN)] = 3e-5
-    """of Adam, for the cell that places z' (s2pg, bptt). Where it moves as fast as the head, the
-    head reads a memory whose meaning changes, and the buffer holds an old one"""
+    """of Adam, for the cell that places z', and its noise (s2pg, bptt). Where it moves as fast as
+    the head, the head reads a memory whose meaning changes, and the buffer holds an old one"""
     noise_correlation: Annotated[float, Range(0, 1, open="high")] = 0.95
-    """ρ of the noise on actions from step to step in every second environment, which explores; in
-    the others the noise is white"""
+    """every second environment explores, with noise on actions that keeps this share of itself from
+    step to step; the returns reported are those of the others"""
     target_rate: Annotated[float, Range(0, 1, open="low")] = 0.05
     """the way that targets go to what is trained, in each gradient step"""
     layer_norm: bool = True
@@ -103,9 +103,9 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     loss_steps: Annotated[Literal["every", "last"], Needs(memory=("s2pg", "bptt"))] = "every"
     """the steps of a segment that have a loss: batch-size / L segments and every step, or, as in
     the paper's BPTT, batch-size segments and the last step"""
-    critic_state: bool = True
-    """show the critics z', as S2PG has to; Q(s, a) without it is the same for every memory, so
-    that z' is placed for the next action alone, but it is learned sooner"""
+    critic_state: bool = False
+    """show the critics z', as theorem 2.3 of S2PG asks. Without it s2pg places z' for the action
+    that follows at once; on the memory point mass that was better"""
     critics: Annotated[int, Range(1, 100, whole=True)] = 2
     """of which the smallest counts in targets"""
 
@@ -187,7 +187,7 @@ def collect(
 ) -> tuple[Carry, Transition, Episodes]:
     """A rollout of every environment: steps `[K, N, ...]`, with the actions that were taken.
 
-    The episodes are those of the environments that do not explore.
+    The episodes are those of environments that do not explore.
     """
 
     def run(correlation, carry, key):
@@ -198,7 +198,7 @@ def collect(
     keys = jr.split(key, config.num_envs)
     carry, steps, episodes = jax.vmap(run)(correlations, carry, keys)
     steps = jax.tree.map(lambda x: x.swapaxes(0, 1), steps)
-    episodes = jax.tree.map(lambda x: x[::2].sum(0), episodes)
+    episodes = jax.tree.map(lambda x: jnp.where(correlations == 0, x, 0.0).sum(0), episodes)
     action, (z, _), (z_next, _) = jnp.clip(steps.action, -1.0, 1.0), steps.z, steps.z_next
     return carry, steps._replace(action=action, z=z, z_next=z_next), episodes
 
@@ -250,6 +250,7 @@ def improve(
     """A step of the policy, as `descend` makes it, with a rate of its own for the cell."""
     rate = config.actor_learning_rate
     moved, opt_state, value, aux = descend(rate, loss, kernel, opt_state)
+    # a step of Adam is proportional to its rate
     cell = polyak(kernel.cell, moved.cell, config.state_learning_rate / rate)
     return eqx.tree_at(lambda kernel: kernel.cell, moved, cell), opt_state, value, aux
 
@@ -338,7 +339,7 @@ def algorithm(
         print(
             f"warning: the critics see {config.observe} alone. Learning them by bootstrapping "
             "together with the memory that would show the rest is unstable (Al-Hafez et al., "
-            "2024); --privileged shows them the state",
+            "2024); --privileged shows them the state, --critic-state what is remembered",
             file=sys.stderr,
         )
     return cli.in_episodes(
