@@ -45,11 +45,12 @@ def blocks(page):
 def resolve(name):
     """The object of a dotted public name, such as `spg.exact.gamp.arnoldi`."""
     parts = name.split(".")
-    module = parts[0]
-    while ROOT.joinpath(*module.split("."), parts[module.count(".") + 1]).is_dir():
-        module += "." + parts[module.count(".") + 1]
-    found = importlib.import_module(module)
-    for part in parts[module.count(".") + 1 :]:
+    path = lambda n: ROOT.joinpath(*parts[:n])
+    depth = 1
+    while path(depth + 1).is_dir() or path(depth + 1).with_suffix(".py").is_file():
+        depth += 1
+    found = importlib.import_module(".".join(parts[:depth]))
+    for part in parts[depth:]:
         found = getattr(found, part)
     return found
 

@@ -46,8 +46,11 @@ def test_a_world_without_a_clock_has_no_return(kernel):
 
 
 def test_what_is_watched_is_the_mode_or_with_noise_a_sample(kernel):
-    play = lambda noise: jax.jit(
-        lambda k: spg.watch(k, coin(8), num_steps=400, noise=noise, key=jr.key(0))[1].action
-    )
-    assert (play(False)(kernel) == 0).all()
-    assert abs(play(True)(kernel).mean() - 0.25) < 4 * np.sqrt(3 / 16 / 400)
+    env = coin(8)
+
+    def play(noise):
+        run = lambda k: spg.watch(k, env, num_steps=400, noise=noise, key=jr.key(0))[1].action
+        return jax.jit(run)(kernel)
+
+    assert (play(False) == 0).all()
+    assert abs(play(True).mean() - 0.25) < 4 * np.sqrt(3 / 16 / 400)
