@@ -39,15 +39,12 @@ from spg.kernels.networks import Flat
 from spg.limits import Needs, Positive, Range
 from spg.scans import join_segments
 from spg.training import cli, loop, replay
+from spg.training.descent import adam, descend, improve, regress
 from spg.training.loop import Report, State
 from spg.training.off_policy import (
     OffPolicyConfig,
-    adam,
     algorithm,
     begin,
-    descend,
-    improve,
-    regress,
     staleness,
     update,
 )
@@ -150,7 +147,8 @@ def actor_step(
         choice = jax.vmap(one)(segments, keys)
         return jnp.mean(jax.vmap(partial(soft_loss, **weights))(choice)), choice
 
-    return improve(config, loss, learned.kernel, learned.opt_states[0])
+    rates = config.actor_learning_rate, config.state_learning_rate
+    return improve(*rates, loss, learned.kernel, learned.opt_states[0])
 
 
 def temperature_step(

@@ -33,14 +33,12 @@ from spg.kernels.kernel import Kernel
 from spg.limits import Count, NonNegative, Range
 from spg.scans import join_segments
 from spg.training import cli, loop, replay
+from spg.training.descent import adam, improve, regress
 from spg.training.loop import Report, State
 from spg.training.off_policy import (
     OffPolicyConfig,
-    adam,
     algorithm,
     begin,
-    improve,
-    regress,
     staleness,
     update,
 )
@@ -137,8 +135,9 @@ def policy_step(
         one = lambda x: choose(kernel, learned.critic, x, last=config.last, key=None).q_value
         return -jnp.mean(jax.vmap(one)(segments)), None
 
+    rates = config.actor_learning_rate, config.state_learning_rate
     kernel, kernel_state, actor_loss, _ = improve(
-        config, loss, learned.kernel, learned.opt_states[0]
+        *rates, loss, learned.kernel, learned.opt_states[0]
     )
     opt_states = kernel_state, learned.opt_states[1]
     learned = learned._replace(kernel=kernel, opt_states=opt_states)

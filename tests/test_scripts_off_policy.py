@@ -19,7 +19,8 @@ from test_training_loop import assert_same_run
 
 from scripts import sac, td3
 from spg.training import options
-from spg.training.off_policy import adam, collect, improve
+from spg.training.descent import adam, improve
+from spg.training.off_policy import collect
 from spg.training.records import RunError
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,7 @@ SCRIPTS = [(sac, SAC), (td3, TD3)]
 PENDULUM = {"env": "Pendulum-v1", "observe": "positions", "previous_action": True}
 DDPG = {"critics": 1, "target_noise": 0.0, "policy_delay": 1}
 BPTT = {"memory": "bptt", "segment_length": 2}
+LEARNED = {"critic_state": True, "learn_state_temperature": True}
 LAST = {"loss_steps": "last", "batch_size": 4}
 
 
@@ -51,12 +53,7 @@ def checked_updates(script, config, tmp_path):
         (sac, SAC, {}),
         slow(td3, TD3, {}),
         slow(sac, SAC, BPTT | LAST | {"refresh": False, "critic_state": True}),
-        slow(
-            sac,
-            SAC,
-            {"segment_length": 2, "cell": "lru", "critic_state": True}
-            | {"learn_state_temperature": True},
-        ),
+        slow(sac, SAC, {"segment_length": 2, "cell": "lru"} | LEARNED),
         slow(sac, SAC, {"memory": "window", "critic_state": True, "layer_norm": False}),
         slow(td3, TD3, {"memory": "oracle"} | PENDULUM | DDPG),
     ],
@@ -98,8 +95,7 @@ def test_what_places_z_moves_at_a_rate_of_its_own():
     loss = lambda kernel: (sum((x**2).sum() for x in jax.tree.leaves(kernel)), None)
 
     def moves(state_rate):
-        config = replace(SAC, actor_learning_rate=1e-3, state_learning_rate=state_rate)
-        moved, *_ = jax.jit(partial(improve, config, loss))(kernel, adam(kernel))
+        moved, *_ = jax.jit(partial(improve, 1e-3, state_rate, loss))(kernel, adam(kernel))
         largest = lambda part: largest_difference(part(moved), part(kernel))
         return [largest(lambda kernel: kernel.cell), largest(lambda kernel: kernel.head)]
 
@@ -108,7 +104,7 @@ def test_what_places_z_moves_at_a_rate_of_its_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "config"), SCRIPTS[:1])
+@pytest.mark.parametrize(("script", "config"), SCRIPTS)
 def test_a_seed_is_alone_what_it_is_among_others(script, config):
     config = replace(config, segment_length=2)
     env = options.make_env(config)
@@ -127,7 +123,7 @@ def test_a_seed_is_alone_what_it_is_among_others(script, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "config"), SCRIPTS[:1])
+@pytest.mark.parametrize(("script", "config"), SCRIPTS)
 def test_the_buffer_holds_the_last_steps_in_a_chain(script, config):
     """After updates and refreshes: z is z' of the row before, or z0 where an episode opens.
 
@@ -154,7 +150,7 @@ def test_the_buffer_holds_the_last_steps_in_a_chain(script, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "config"), SCRIPTS[1:])
+@pytest.mark.parametrize(("script", "config"), SCRIPTS)
 def test_resumed_run_equals_the_uninterrupted_one(script, config, tmp_path):
     """Buffer, both optimisers, target networks and temperatures are in the checkpoint."""
     resumed = whole_and_half(script, replace(config, total_steps=48), tmp_path)
@@ -168,7 +164,7 @@ def test_resumed_run_equals_the_uninterrupted_one(script, config, tmp_path):
 @pytest.mark.parametrize(
     ("script", "config", "sweep"),
     [
-        (sac, SAC, "temperature"),
+        (sac, SAC, "temperature"), (td3, TD3, "gamma"),
     ],
 )  # fmt: skip
 def test_training_vmaps_over_hyper_parameters(script, config, sweep):

@@ -21,11 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import sac
 import td3
 
-from spg.kernels.exploring import Exploring
 from spg.kernels.factory import make_kernel
-from spg.rollout import reset
 from spg.training.loop import State
-from spg.training.off_policy import collect
+from spg.training.off_policy import collect, start
 from spg.types import Env, Observation, Spec
 
 NUM_GRADIENTS = 4  # of a timing; a multiple of TD3's policy delay
@@ -68,7 +66,6 @@ def learners(configs: Sequence[Any], spec: Spec) -> list[Callable[[], Any]]:
 def actors(config: Any, env: Env) -> list[Callable[[], Any]]:
     """A rollout of environments side by side, and NUM_STEPS steps of a single one."""
     kernel = make_kernel(config, env.spec, key=jr.key(0))
-    acting = Exploring(kernel, env.spec.num_actions, 0.0)
 
     def act(sizes, state):
         key, act_key = jr.split(state[1])
@@ -76,9 +73,9 @@ def actors(config: Any, env: Env) -> list[Callable[[], Any]]:
 
     calls = []
     for count, num_steps in ((config.num_envs, config.num_steps), (1, NUM_STEPS)):
-        start = jax.jit(jax.vmap(lambda key: reset(acting, env, key=key)))
-        state = jax.tree.map(jnp.copy, (start(jr.split(jr.key(1), count)), jr.key(2)))
         sizes = replace(config, num_envs=count, num_steps=num_steps)
+        carry = jax.jit(partial(start, sizes, env, kernel))(jr.key(1))
+        state = jax.tree.map(jnp.copy, (carry, jr.key(2)))
         calls.append(_advance(partial(act, sizes), [state]))
     return calls
 

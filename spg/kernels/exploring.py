@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from spg.distributions import Reparameterised
 from spg.kernels.kernel import Kernel
-from spg.types import Scalar, policy_view
+from spg.types import Scalar
 
 
 class Exploring(eqx.Module):
@@ -42,9 +42,7 @@ class Exploring(eqx.Module):
         """Draw a, and (z', ε'). Raises ValueError if the distribution of a has no `at(noise)`."""
         z, noise = z
         z_key, noise_key = jr.split(key)
-        obs = self.kernel.normalizer(policy_view(obs))
-        z_next = self.kernel.cell(obs, z).sample(key=z_key)
-        actions = self.kernel.head(obs, z_next)
+        actions, z_next = self.kernel.actions(obs, z, key=z_key)
         if not isinstance(actions, Reparameterised):
             kind = type(actions).__name__
             raise ValueError(f"actions that explore are made from noise, which {kind} cannot do")

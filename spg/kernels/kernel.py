@@ -36,9 +36,14 @@ class Kernel(eqx.Module):
     def sample(self, obs: PyTree, z: PyTree, *, key: PRNGKeyArray) -> tuple[Array, PyTree]:
         """Draw (a, z') ~ π( . | o, z)."""
         z_key, action_key = jr.split(key)
+        actions, z_next = self.actions(obs, z, key=z_key)
+        return actions.sample(key=action_key), z_next
+
+    def actions(self, obs: PyTree, z: PyTree, *, key: PRNGKeyArray) -> tuple[Distribution, PyTree]:
+        """Draw z' ~ ω( . | o, z); the distribution μ( . | o, z') of a, and z'."""
         obs = self.normalizer(policy_view(obs))
-        z_next = self.cell(obs, z).sample(key=z_key)
-        return self.head(obs, z_next).sample(key=action_key), z_next
+        z_next = self.cell(obs, z).sample(key=key)
+        return self.head(obs, z_next), z_next
 
     def sample_and_log_prob(
         self, obs: PyTree, z: PyTree, *, key: PRNGKeyArray

@@ -4,24 +4,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import optax
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 from tyro.conf import Suppress
 
-from spg.estimators.actor_critic import polyak
 from spg.estimators.statistics import start_statistics
 from spg.kernels.critics import QCritic
 from spg.kernels.exploring import Exploring
 from spg.kernels.factory import DRAWN, PolicyConfig
 from spg.kernels.kernel import Kernel
-from spg.kernels.networks import Flat, Unseen, trainable
+from spg.kernels.networks import Flat, Unseen
 from spg.limits import (
     Count,
     Fraction,
@@ -37,7 +34,7 @@ from spg.limits import (
 from spg.rollout import Carry, Episodes, reset, rollout
 from spg.scans import divisors
 from spg.training import cli, loop, options, replay
-from spg.types import Env, Scalar, Transition, critic_view, policy_view
+from spg.types import Env, Transition, critic_view, policy_view
 
 BPTT_LENGTH = 32  # L of bptt where none is given
 
@@ -167,8 +164,7 @@ def begin(
         num_critics=config.critics, layer_norm=config.layer_norm, feature=feature,
         key=critic_key,
     )  # fmt: skip
-    acting = Exploring(kernel, spec.num_actions, 0.0)
-    carry = jax.vmap(lambda k: reset(acting, env, key=k))(jr.split(env_key, config.num_envs))
+    carry = start(config, env, kernel, env_key)
     experience = lambda carry, key: collect(config, env, kernel, carry, key)[:2]
     carry, first = lax.scan(experience, carry, jr.split(first_key, config.num_first))
     kernel, critic = with_statistics(kernel, critic, first.obs)
@@ -180,6 +176,12 @@ def begin(
     ring = replay.empty(jax.tree.map(lambda x: x[0, 0], first), config.num_rows)
     world, _ = lax.scan(fill, World(carry, ring), jr.split(fill_key, config.num_first))
     return kernel, critic, world
+
+
+def start(config: OffPolicyConfig, env: Env, kernel: Kernel, key: PRNGKeyArray) -> Carry:
+    """The start of an episode in every environment, for `collect`."""
+    acting = Exploring(kernel, env.spec.num_actions, 0.0)
+    return jax.vmap(lambda k: reset(acting, env, key=k))(jr.split(key, config.num_envs))
 
 
 def collect(
@@ -224,8 +226,8 @@ def update(
     learned = state.learned
     carry, steps, episodes = collect(config, env, learned.kernel, state.world.carry, rollout_key)
     kernel, critic = with_statistics(learned.kernel, learned.critic, steps.obs)
-    start = learned._replace(kernel=kernel, critic=critic), replay.write(state.world.ring, steps)
-    (learned, ring), metrics = lax.scan(learn, start, jr.split(learn_key, keys))
+    opened = learned._replace(kernel=kernel, critic=critic), replay.write(state.world.ring, steps)
+    (learned, ring), metrics = lax.scan(learn, opened, jr.split(learn_key, keys))
     report = loop.Report(
         score=episodes.return_sum / episodes.count,
         weight=episodes.count,
@@ -239,60 +241,6 @@ def staleness(choice_z: PyTree, stored_z: PyTree) -> Array:
     """Mean absolute difference of the entries of z' as it is now and as it was stored."""
     apart = Flat()(jax.tree.map(lambda a, b: jnp.abs(a - b), choice_z, stored_z))
     return apart.sum() / max(1, apart.size)
-
-
-def improve(
-    config: OffPolicyConfig,
-    loss: Callable[[Kernel], tuple[Array, Any]],
-    kernel: Kernel,
-    opt_state: optax.OptState,
-) -> tuple[Kernel, optax.OptState, Array, Any]:
-    """A step of the policy, as `descend` makes it, with a rate of its own for the cell."""
-    rate = config.actor_learning_rate
-    moved, opt_state, value, aux = descend(rate, loss, kernel, opt_state)
-    # a step of Adam is proportional to its rate
-    cell = polyak(kernel.cell, moved.cell, config.state_learning_rate / rate)
-    return eqx.tree_at(lambda kernel: kernel.cell, moved, cell), opt_state, value, aux
-
-
-M = TypeVar("M")
-
-
-def descend(
-    rate: Scalar, loss: Callable[[M], tuple[Array, Any]], module: M, opt_state: optax.OptState
-) -> tuple[M, optax.OptState, Array, Any]:
-    """A step of Adam: module, state of the optimiser, loss, and what else the loss returned."""
-    params, fixed = eqx.partition(module, trainable(module))
-    of_params = lambda params: loss(eqx.combine(params, fixed))
-    (value, aux), gradient = eqx.filter_value_and_grad(of_params, has_aux=True)(params)
-    updates, opt_state = optax.adam(rate).update(gradient, opt_state)
-    return eqx.apply_updates(module, updates), opt_state, value, aux
-
-
-def regress(
-    rate: Scalar,
-    critic: QCritic,
-    opt_state: optax.OptState,
-    steps: Transition,
-    z_next: PyTree,
-    goal: Float[Array, " B"],
-) -> tuple[QCritic, optax.OptState, dict[str, Array]]:
-    """A step of the critics towards their targets, by squares; and metrics.
-
-    `z_next` takes the place of the recorded z', which never touched the world.
-    """
-
-    def loss(critic):
-        q_value = jax.vmap(critic)(steps.obs, steps.action, z_next)
-        return jnp.mean((q_value - goal[:, None]) ** 2), q_value.mean()
-
-    critic, opt_state, critic_loss, q_value = descend(rate, loss, critic, opt_state)
-    return critic, opt_state, {"critic_loss": critic_loss, "q_value": q_value}
-
-
-def adam(module: PyTree) -> optax.OptState:
-    """The state of `descend`'s optimiser at the start."""
-    return optax.adam(0.0).init(eqx.filter(module, trainable(module)))
 
 
 def algorithm(
