@@ -77,6 +77,7 @@ RINGWORLD: dict[str, dict[str, Any]] = {
     **{name: UNITS[name] for name in ("linear-64", "gated-64", "GRU-64")},
     **{name: METHODS[name] for name in METHODS if name not in ("window-5", "oracle")},
 }
+BPTT: dict[str, Any] = {"memory": "bptt", "state_learning_rate": 3e-4}
 OFF_POLICY: dict[str, dict[str, Any]] = {
     "S2PG": {},
     "S2PG z in Q": {"critic_state": True},
@@ -84,9 +85,10 @@ OFF_POLICY: dict[str, dict[str, Any]] = {
     "S2PG rolled-32": {"segment_length": 32},
     "S2PG stale": {"refresh": False},
     "S2PG linear": {"cell": "linear"},
-    "BPTT-5": {"memory": "bptt", "segment_length": 5, "loss_steps": "last"},
-    "BPTT-10": {"memory": "bptt", "segment_length": 10, "loss_steps": "last"},
-    "BPTT-32": {"memory": "bptt", "segment_length": 32},
+    "S2PG untrained": {"state_learning_rate": 0.0},
+    "BPTT-5": BPTT | {"segment_length": 5, "loss_steps": "last"},
+    "BPTT-10": BPTT | {"segment_length": 10, "loss_steps": "last"},
+    "BPTT-32": BPTT | {"segment_length": 32},
     "window-5": {"memory": "window", "window": 5},
     "none": {"memory": "none"},
     "oracle": {"memory": "oracle"},
@@ -128,9 +130,9 @@ OFF_POLICY_TASKS: dict[str, dict[str, Any]] = {
     **{
         n: {
             "env": f"brax/{n}", "observe": "positions", "previous_action": True,
-            "env_params": {"mass_range": 0.3}, "target_entropy": -1.0, "hidden": (256, 256),
-            "actor_learning_rate": 3e-4,
-            "total_steps": 500_000, "checkpoints": 10, "eval_episodes": 8,
+            "env_params": {"mass_range": 0.3}, "target_entropy": -1.0, "hidden": (128, 128),
+            "actor_learning_rate": 3e-4, "updates_per_step": 4.0,
+            "total_steps": 500_000, "checkpoints": 5, "eval_episodes": 4,
         }
         for n in ("halfcheetah", "ant", "hopper", "walker2d")
     },
