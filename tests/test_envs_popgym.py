@@ -1,6 +1,6 @@
 """POPGym's tasks beside the original package, which is made to draw what ours drew."""
 
-from functools import partial
+import random
 from types import SimpleNamespace
 
 import jax
@@ -13,32 +13,49 @@ from jax import lax
 from spg import envs
 from spg.envs.popgym import TASKS
 from spg.envs.popgym.boards import Battleship, Concentration, MineSweeper, place_ship
-from spg.envs.popgym.labyrinths import FREE, GOAL, WALL, LabyrinthEscape, LabyrinthExplore, maze
+from spg.envs.popgym.control import PositionOnlyCartPole
+from spg.envs.popgym.labyrinths import (
+    FREE,
+    GOAL,
+    MOVES,
+    WALL,
+    LabyrinthEscape,
+    LabyrinthExplore,
+    doors,
+    maze,
+)
 from spg.envs.popgym.task import draw
 
 pytestmark = pytest.mark.usefixtures("float64")  # the original's physics are in double precision
 
 NUM_STEPS = 1000
+LABYRINTH_STEPS = 2500  # the clock of a labyrinth has 1023
+NEVER = {  # ends that a task does not have; walks through the easy ones meet all others
+    "terminated": ("MultiarmedBandit", "PositionOnlyPendulum", "NoisyPositionOnlyPendulum"),
+    "truncated": ("RepeatFirst", "RepeatPrevious", "Autoencode", "CountRecall", "HigherLower"),
+}
 
 
-def walk(env, num_steps=NUM_STEPS):
-    """Starts of `num_steps` + 1 episodes, and `num_steps` steps, a new episode after each end."""
+def walk(env, num_steps):
+    """Starts of `num_steps` + 1 episodes, and `num_steps` steps, a new episode after each end.
+
+    Actions are random, but in the first half often those of one who sees everything.
+    """
     params = env.default_params
     space = env.action_space(params)
 
-    def act(key, state):
-        """At random, but three times in four as well as who sees everything would."""
+    def act(key, state, share):
         coin_key, tie_key, key = jr.split(key, 3)
         at_random = space.sample(key)
         if (worth := wisdom(env, state)) is None:
             return at_random
         wise = jnp.argmax(worth + jr.uniform(tie_key, worth.shape))
-        return jnp.where(jr.bernoulli(coin_key, 0.75), wise, at_random).astype(at_random.dtype)
+        return jnp.where(jr.bernoulli(coin_key, share), wise, at_random).astype(at_random.dtype)
 
     def step(carry, x):
         obs, state = carry
-        start, key, action_key = x
-        action = act(action_key, state)
+        start, share, key, action_key = x
+        action = act(action_key, state, share)
         obs, after, reward, terminated, _ = env.step_env(key, state, action, params)
         truncated = env.is_truncated(after, params)
         out = action, obs, after, reward, terminated, truncated, drawn(key)
@@ -51,7 +68,8 @@ def walk(env, num_steps=NUM_STEPS):
         start_keys = jr.split(start_key, num_steps + 1)
         starts = jax.vmap(lambda key: env.reset_env(key, params))(start_keys)
         first, later = (jax.tree.map(lambda x, i=i: x[i], starts) for i in (0, slice(1, None)))
-        steps = later, *(jr.split(key, num_steps) for key in keys)
+        share = jnp.where(jnp.arange(num_steps) < num_steps // 2, 0.9, 0.0)
+        steps = later, share, *(jr.split(key, num_steps) for key in keys)
         return (*starts, jax.vmap(drawn)(start_keys)), lax.scan(step, first, steps)[1]
 
     return jax.device_get(run(jr.key(0)))
@@ -74,6 +92,13 @@ def wisdom(env, state):
         same = (state.cards == state.cards[state.first]) & (jnp.arange(n) != state.first)
         pair = (state.first < n) & (state.cards < env.num_kinds) & same
         return jnp.where(state.up, -1.0, pair)
+    if isinstance(env, PositionOnlyCartPole):
+        lean = state.theta + 0.5 * state.theta_dot
+        return jnp.stack([-lean, lean]) * 1e3
+    if isinstance(env, LabyrinthExplore | LabyrinthEscape):
+        places = jnp.clip(state.position + jnp.array(MOVES), 0, env.size)
+        open_ = state.grid[tuple(places.T)] != WALL
+        return open_ + 1.0 * (open_ & ~state.explored[tuple(places.T)])
     return None
 
 
@@ -105,7 +130,7 @@ def deck(kinds_of_cards, kinds, *, rest=-1):
     """A deck in which card i has kind `kinds[i]`; any card that is left where that is `rest`."""
     left = [list(np.flatnonzero(kinds_of_cards == kind)) for kind in range(13)]
     cards = [left[kind].pop() if kind != rest else None for kind in kinds]
-    others = sum(left, [])
+    others = [card for same in left for card in same]
     filled = [others.pop() if card is None else card for card in cards]
     return np.array([*filled, *others])
 
@@ -179,7 +204,7 @@ def compare(ours, theirs, name, monkeypatch):
     from gymnasium.spaces import MultiDiscrete
     from gymnasium.spaces.utils import flatten
 
-    walked = walk(ours)
+    walked = walk(ours, LABYRINTH_STEPS if name.startswith("Labyrinth") else NUM_STEPS)
     for episode in episodes(walked):
         prepare(theirs, name, episode, monkeypatch)
         obs, _ = theirs.reset()
@@ -200,7 +225,7 @@ def compare(ours, theirs, name, monkeypatch):
         np.testing.assert_array_equal(episode.terminated, terminated)
         np.testing.assert_array_equal(episode.truncated, truncated)
     *_, terminated, truncated, _ = walked[1]
-    return terminated.any(), truncated.any()
+    return {"terminated": terminated.any(), "truncated": truncated.any()}
 
 
 def sizes():
@@ -213,4 +238,124 @@ def sizes():
 def test_a_task_is_the_original(name, monkeypatch):
     popgym = pytest.importorskip("popgym")
     ours = TASKS[f"popgym/{name}"]()
-    compare(ours, getattr(popgym.envs, name)(), name, monkeypatch)
+    met = compare(ours, getattr(popgym.envs, name)(), name, monkeypatch)
+    if name.endswith("Easy"):
+        task = name.removesuffix("Easy")
+        assert met == {end: task not in tasks for end, tasks in NEVER.items()}
+
+
+def test_draws_are_as_likely_as_their_weights():
+    weights = jnp.array([3, 0, 1, 2], jnp.int32)
+    drawn = jax.jit(jax.vmap(lambda key: draw(key, weights)))(jr.split(jr.key(0), 6000))
+    share = np.bincount(drawn, minlength=4) / 6000
+    assert share[1] == 0
+    np.testing.assert_allclose(share, weights / 6, atol=4 * (0.25 / 6000) ** 0.5)
+
+
+def test_every_free_place_of_a_ship_is_equally_likely():
+    board = np.zeros((5, 5), bool)
+    board[1, 1:4] = True
+    free = []
+    for row in range(5):
+        for column in range(5):
+            for ship in (np.s_[row, column : column + 3], np.s_[row : row + 3, column]):
+                place = np.zeros_like(board)
+                place[ship] = True
+                if place.sum() == 3 and not (place & board).any():
+                    free.append(tuple(np.flatnonzero(place)))
+    place = jax.jit(jax.vmap(lambda key: place_ship(key, jnp.array(board), 3)))
+    placed = np.asarray(place(jr.split(jr.key(1), 4000))) & ~board
+    counts = dict.fromkeys(free, 0)
+    for ship in placed:
+        counts[tuple(np.flatnonzero(ship))] += 1
+    share = np.array(list(counts.values())) / 4000
+    np.testing.assert_allclose(share, 1 / len(free), atol=4 * (1 / len(free) / 4000) ** 0.5)
+
+
+def dead_ends(grids):
+    """How many cells of each maze have one way out."""
+    inner = grids[:, 1:-1, 1:-1] == FREE
+    padded = np.pad(inner, [(0, 0), (1, 1), (1, 1)])
+    ways = sum(np.roll(padded, shift, axis) for shift in (-1, 1) for axis in (1, 2))
+    cells = np.s_[:, ::2, ::2]
+    return ((ways[:, 1:-1, 1:-1][cells] == 1) & inner[cells]).sum((1, 2))
+
+
+def test_mazes_are_trees_with_as_many_dead_ends_as_those_of_mazelib():
+    num_cells = 5
+    draw_mazes = jax.jit(jax.vmap(lambda key: maze(key, num_cells)))
+    ours = np.asarray(draw_mazes(jr.split(jr.key(2), 600)))
+    assert ((ours == FREE).sum((1, 2)) == 2 * num_cells**2 - 1).all()  # n cells, n - 1 passages
+    reached = np.zeros_like(ours, bool)
+    reached[:, 1, 1] = True
+    for _ in range(ours[0].size):
+        spread = sum(np.roll(reached, shift, axis) for shift in (-1, 1) for axis in (1, 2)) > 0
+        reached |= spread & (ours == FREE)
+    assert (reached == (ours == FREE)).all()  # connected, so a tree
+    generate = pytest.importorskip("mazelib.generate.HuntAndKill")
+    random.seed(0)
+    theirs = np.stack([generate.HuntAndKill(num_cells, num_cells).generate() for _ in range(600)])
+    ends = [dead_ends(x) for x in (ours, theirs)]
+    error = (sum(x.var() for x in ends) / 600) ** 0.5
+    assert abs(ends[0].mean() - ends[1].mean()) < 4 * error
+
+
+def test_doors_are_opposite_and_beside_cells():
+    keys = jr.split(jr.key(3), 4000)
+    start, end = map(np.asarray, jax.jit(jax.vmap(lambda key: doors(key, 3)))(keys))
+    assert ((start % 2).sum(1) == 1).all()
+    assert ((end % 2).sum(1) == 1).all()
+    border = np.where(start % 2 == 0)
+    np.testing.assert_array_equal(start[border] + end[border], 6)
+    assert set(start[border]) == {0, 6}
+    places, counts = np.unique(7 * start[:, 0] + start[:, 1], return_counts=True)
+    assert len(places) == 12
+    np.testing.assert_allclose(counts / 4000, 1 / 12, atol=4 * (1 / 12 / 4000) ** 0.5)
+
+
+def test_make_opens_a_task_with_all_that_can_be_observed():
+    env, params = envs.make(
+        "popgym/CountRecallEasy", observe="state", previous_action=True, max_steps_in_episode=3
+    )
+    assert env.action_space(params).n == 27
+    obs, state = env.reset(jr.key(0), params)
+    assert obs.shape == env.observation_space(params).shape
+    # shown: two kinds of two; hidden: 2 × 2 left, 2 dealt, the clock; the previous action
+    assert obs.shape == (4 + 4 + 2 + 1 + 27,)
+    assert not obs[-27:].any()
+    for t in range(6):
+        obs, state, _, terminated, truncated, info = env.step(jr.key(t), state, t, params)
+        assert info["final_observation"][-27:].argmax() == t
+        assert not terminated
+        assert truncated == (t % 3 == 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_make_opens_every_task(name):
+    env, params = envs.make(name, privileged=True)
+    obs, state = env.reset(jr.key(0), params)
+    action = env.action_space(params).sample(jr.key(1))
+    after, state, reward, *_ = env.step(jr.key(2), state, action, params)
+    assert after.policy.shape == obs.policy.shape == env.observation_space(params).shape
+    assert after.critic.shape == obs.critic.shape == (env.critic_size(params),)
+    assert reward.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "message"),
+    [
+        (
+            "RepeatPreviousEsy",
+            {},
+            "unknown environment .*; did you mean 'popgym/RepeatPreviousEasy",
+        ),
+        ("RepeatPreviousEasy", {"k": 60}, "k is 60; it has to be from 1 to 51"),
+        ("CountRecallEasy", {"num_kinds": 5}, "num_kinds is 5; it has to be 2, 4 or 13"),
+        ("LabyrinthEscapeEasy", {"size": 7}, "size is 7; it has to be even"),
+        ("BattleshipEasy", {"board": 7}, "unknown parameter of popgym/BattleshipEasy 'board'"),
+    ],
+)
+def test_tasks_that_cannot_be_are_refused(name, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        envs.make(f"popgym/{name}", **keywords)
