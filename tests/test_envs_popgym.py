@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from gymnax.environments.environment import Environment
 from jax import lax
 
 from spg import envs
@@ -29,6 +30,7 @@ from spg.envs.popgym.task import draw
 pytestmark = pytest.mark.usefixtures("float64")  # the original's physics are in double precision
 
 NUM_STEPS = 1000
+LABYRINTHS = LabyrinthExplore, LabyrinthEscape
 CARTPOLE = ("x", "x_dot", "theta", "theta_dot")
 LABYRINTH_STEPS = 2500  # the clock of a labyrinth has 1023
 NEVER = {  # ends that a task does not have; walks through the easy ones meet all others
@@ -40,7 +42,8 @@ NEVER = {  # ends that a task does not have; walks through the easy ones meet al
 def walk(env, num_steps):
     """Starts of `num_steps` + 1 episodes, and `num_steps` steps, a new episode after each end.
 
-    Actions are random, but in the first half often those of one who sees everything.
+    Actions are random, but in the first half often those of one who sees everything; in the second
+    half of a walk through labyrinths all are 0, since whoever moves gets everywhere in time.
     """
     params = env.default_params
     space = env.action_space(params)
@@ -50,6 +53,8 @@ def walk(env, num_steps):
         at_random = space.sample(key)
         if (worth := wisdom(env, state)) is None:
             return at_random
+        if isinstance(env, LABYRINTHS):
+            at_random = jnp.where(share > 0, at_random, 0)
         wise = jnp.argmax(worth + jr.uniform(tie_key, worth.shape))
         return jnp.where(jr.bernoulli(coin_key, share), wise, at_random).astype(at_random.dtype)
 
@@ -96,7 +101,7 @@ def wisdom(env, state):
     if isinstance(env, PositionOnlyCartPole):
         lean = state.theta + 0.5 * state.theta_dot
         return jnp.stack([-lean, lean]) * 1e3
-    if isinstance(env, LabyrinthExplore | LabyrinthEscape):
+    if isinstance(env, LABYRINTHS):
         places = jnp.clip(state.position + jnp.array(MOVES), 0, env.size)
         open_ = state.grid[tuple(places.T)] != WALL
         return open_ + 1.0 * (open_ & ~state.explored[tuple(places.T)])
@@ -232,19 +237,52 @@ def compare(ours, theirs, name, monkeypatch):
 
 
 def sizes():
-    for name in TASKS:
-        marks = [] if name.endswith("Easy") else [pytest.mark.slow]
-        yield pytest.param(name.removeprefix("popgym/"), marks=marks)
+    for name in ["LabyrinthExploreSmall", *(name.removeprefix("popgym/") for name in TASKS)]:
+        quick = name.endswith(("Small", "Easy")) and name != "LabyrinthExploreEasy"
+        yield pytest.param(name, marks=[] if quick else [pytest.mark.slow])
 
 
 @pytest.mark.parametrize("name", sizes())
 def test_a_task_is_the_original(name, monkeypatch):
     popgym = pytest.importorskip("popgym")
-    ours = TASKS[f"popgym/{name}"]()
-    met = compare(ours, getattr(popgym.envs, name)(), name, monkeypatch)
-    if name.endswith("Easy"):
-        task = name.removesuffix("Easy")
+    if name == "LabyrinthExploreSmall":  # in which a walk visits every square in time
+        ours, theirs = LabyrinthExplore(6), popgym.envs.LabyrinthExplore(maze_dims=(6, 6))
+    else:
+        ours, theirs = TASKS[f"popgym/{name}"](), getattr(popgym.envs, name)()
+    met = compare(ours, theirs, name, monkeypatch)
+    task = name.removesuffix("Small").removesuffix("Easy")
+    if task != name and name != "LabyrinthExploreEasy":
         assert met == {end: task not in tasks for end, tasks in NEVER.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("LabyrinthEscape", {"size": 6}),
+        pytest.param("Battleship", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_rare_resets_are_those_of_gymnax(name, words):
+    env, params = envs.make(f"popgym/{name}Easy", max_steps_in_episode=9, **words)
+    assert env.inner.resets_rarely
+    action = env.action_space(params).sample
+
+    @jax.jit
+    def run(keys):
+        def step(state, key):
+            after = env.step(key, state, action(key), params)
+            gymnax_after = Environment.step(env, key, state, action(key), params)
+            return after[1], (after, gymnax_after)
+
+        state = jax.vmap(lambda key: env.reset(key, params)[1])(keys)
+        time = jnp.array([0, 4, 7], jnp.int32)  # so that they end apart
+        state = state._replace(env=state.env._replace(time=time))
+        steps = jax.vmap(lambda key: jr.split(key, 30))(keys)
+        return jax.vmap(lambda state, keys: lax.scan(step, state, keys)[1])(state, steps)
+
+    ours, gymnax = run(jr.split(jr.key(0), 3))
+    assert ours[4].sum() > 6  # truncations
+    jax.tree.map(np.testing.assert_array_equal, ours, gymnax)
 
 
 def test_draws_are_as_likely_as_their_weights():

@@ -90,6 +90,8 @@ class Battleship(Task):
     Medium, Hard: S = `size` = 8, 10, 12.
     """
 
+    resets_rarely = True
+
     def __init__(self, size: int = 8):
         Range(5, 100, whole=True).check("size", size)
         self.size = size
@@ -122,11 +124,12 @@ def place_ship(key: PRNGKeyArray, ships: Bool[Array, "S S"], length: int) -> Boo
     size, width = len(ships), len(ships) - length + 1  # `width` places in each row
     both = jnp.stack([ships, ships.T])
     free = ~jnp.stack([both[..., i : i + width] for i in range(length)]).any(0)
-    chosen = draw(key, free.ravel().astype(jnp.int32))
-    upright, row, column = jnp.unravel_index(chosen, (2, size, width))
-    across = jnp.arange(size) - column
-    ship = (jnp.arange(size) == row)[:, None] & (across >= 0) & (across < length)
-    return ships | jnp.where(upright, ship.T, ship)
+    free = free.reshape(2 * size, width).astype(jnp.int32)
+    line_key, place_key = jr.split(key)
+    line = draw(line_key, free.sum(1))
+    across = jnp.arange(size) - draw(place_key, free[line])
+    ship = (jnp.arange(size) == line % size)[:, None] & (across >= 0) & (across < length)
+    return ships | jnp.where(line < size, ship, ship.T)
 
 
 class MineSweeperState(NamedTuple):

@@ -5,11 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from gymnax.environments import spaces
 from gymnax.environments.classic_control.cartpole import CartPole
 from gymnax.environments.classic_control.pendulum import Pendulum
-from gymnax.environments.environment import Environment
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 
 from spg.envs.popgym.task import Task
@@ -21,13 +19,13 @@ WORST = 16.2736044  # what a step of the pendulum can cost
 class _PositionOnly(Task):
     """Gymnax's physics, of which some entries are seen, with Gaussian noise, clipped to a box."""
 
-    physics: Environment
+    physics: Any
     entries: tuple[int, int]
 
     def __init__(self, episode_length: int, noise: float, high: Sequence[float]):
         Range(1, 10**9, whole=True).check("episode_length", episode_length)
         Range(0).check("noise", noise)
-        self.noise, self.high = noise, np.array(high, np.float32)
+        self.noise, self.high = noise, jnp.array(high, jnp.float32)
         num_actions = self.physics.num_actions
         super().__init__(parts=(1, 1), num_actions=num_actions, horizon=episode_length)
 
@@ -72,9 +70,8 @@ class PositionOnlyCartPole(_PositionOnly):
 
     def __init__(self, episode_length: int = 200, noise: float = 0.0):
         limits = self.physics.default_params
-        super().__init__(
-            episode_length, noise, (2 * limits.x_threshold, 2 * limits.theta_threshold_radians)
-        )
+        high = 2 * limits.x_threshold, 2 * limits.theta_threshold_radians
+        super().__init__(episode_length, noise, high)
 
     def play(
         self, key: PRNGKeyArray, state: Any, action: Array

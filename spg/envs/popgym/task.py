@@ -2,14 +2,18 @@
 
 import abc
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment, EnvParams
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+
+from spg.envs.resets import step_and_reset_rarely
 
 
 class Task(Environment, abc.ABC):
@@ -33,6 +37,7 @@ class Task(Environment, abc.ABC):
     """
 
     both_ends = True  # may the clock truncate in the step that terminates?
+    resets_rarely = False  # does a reset cost more than many steps?
 
     def __init__(self, *, parts: Sequence[int], num_actions: int, horizon: int):
         self._num_actions, self.horizon = num_actions, horizon
@@ -61,6 +66,15 @@ class Task(Environment, abc.ABC):
     @property
     def default_params(self) -> EnvParams:
         return EnvParams(max_steps_in_episode=self.horizon)
+
+    @partial(jax.jit, static_argnames=("self",))
+    def step(
+        self, key: PRNGKeyArray, state: Any, action: ArrayLike, params: EnvParams | None = None
+    ) -> tuple[Float[Array, " D"], Any, Array, Array, Array, dict]:
+        params = self.default_params if params is None else params
+        if self.resets_rarely:
+            return step_and_reset_rarely(self, key, state, action, params)
+        return super().step(key, state, action, params)
 
     def reset_env(self, key: PRNGKeyArray, params: EnvParams) -> tuple[Float[Array, " D"], Any]:
         start_key, obs_key = jr.split(key)
@@ -105,8 +119,9 @@ class Task(Environment, abc.ABC):
 
 
 def draw(key: PRNGKeyArray, weights: Int[Array, " N"]) -> Int[Array, ""]:
-    """An index, in proportion to the weights; N if all are zero."""
-    ticket = jr.randint(key, (), 0, weights.sum(), jnp.int32)
+    """An index, in proportion to the weights (but for W/2³², of a total W); N if all are zero."""
+    total = jnp.maximum(weights.sum(), 1).astype(jnp.uint32)
+    ticket = (jr.bits(key, (), jnp.uint32) % total).astype(jnp.int32)
     return (jnp.cumsum(weights) <= ticket).sum().astype(jnp.int32)
 
 
