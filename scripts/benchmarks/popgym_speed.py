@@ -128,8 +128,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         original, *others = group
         line = {"task": task, "original": f"{original['steps_per_second']:,.0f}"}
         for row in others:
-            rate, ratio = (f"{row[k]:,.0f}" for k in ("steps_per_second", "to_original"))
-            line[f"{row['num_envs']} of ours"] = f"{rate} ({ratio}×)"
+            rate, ratio = row["steps_per_second"], row["to_original"]
+            line[f"{row['num_envs']} of ours"] = f"{rate:,.0f} ({ratio:.2g}×)"
         lines.append(line)
     return f"{tables.table(lines)}\nsteps/s, and how many times the original's; {timing.machine()}"
 

@@ -31,9 +31,11 @@ class Task(Environment, abc.ABC):
     except where the last card terminates. `max_steps_in_episode` can cut episodes shorter, and pays
     as before: rewards are scaled by the task's own length.
 
-    **Hidden state.** What has not been shown yet is drawn when it is shown, with the probabilities
-    that a shuffled deck would give it. The process is the same, a reset costs no shuffle, and
-    `observe="state"`, the leaves of a state behind the observation, does not tell the future.
+    **Hidden state.** Boards, mazes and chances are drawn at the start. A card is drawn when it is
+    shown, with the probabilities that a shuffled deck would give it: the process is the same, a
+    reset costs no shuffle, and `observe="state"`, the leaves of a state behind the observation,
+    knows no card before it is dealt or turned. (POPGym's own `get_state` knows all of the cards in
+    Autoencode and Concentration.)
     """
 
     both_ends = True  # may the clock truncate in the step that terminates?
