@@ -11,7 +11,8 @@ from spg.training.records import RunError
 
 def config(tmp_path, **changes):
     sizes = {"num_envs": (2,), "num_steps": 4, "original_steps": 8, "repeats": 2}
-    return popgym_speed.Config(out=str(tmp_path / "run"), tasks=("HigherLower",), **sizes | changes)
+    words = sizes | {"tasks": ("HigherLower",)} | changes
+    return popgym_speed.Config(out=str(tmp_path / "run"), **words)
 
 
 @pytest.mark.slow

@@ -90,8 +90,6 @@ class Battleship(Task):
     Medium, Hard: S = `size` = 8, 10, 12.
     """
 
-    resets_rarely = True
-
     def __init__(self, size: int = 8):
         Range(5, 100, whole=True).check("size", size)
         self.size = size
@@ -149,6 +147,7 @@ class MineSweeper(Task):
     """
 
     both_ends = False
+    resets_rarely = False
 
     def __init__(self, size: int = 4, num_mines: int = 2):
         Range(2, 100, whole=True).check("size", size)

@@ -65,6 +65,7 @@ class PositionOnlyCartPole(_PositionOnly):
     600 steps; with noise 0.1, 0.2, 0.3 all have 200.
     """
 
+    resets_rarely = False
     physics = CartPole()
     entries = 0, 2
 

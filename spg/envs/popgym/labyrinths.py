@@ -35,8 +35,6 @@ class _Labyrinth(Task):
     after 1023, and so does this one. Easy, Medium, Hard: size = 10, 14, 18.
     """
 
-    resets_rarely = True
-
     def __init__(self, size: int = 10):
         Range(6, 100, whole=True).check("size", size)
         if size % 2:
