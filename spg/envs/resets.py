@@ -24,8 +24,8 @@ def step_and_reset_rarely(
     """`Environment.step` of Gymnax to the same bits, but no reset is computed if no episode ended.
 
     Gymnax's own computes one in every step. Under `vmap` one is computed for all environments as
-    soon as one of them ends, so this saves time where episodes are long, or end together: on a CPU
-    about a quarter of the steps of POPGym's card games, and a factor of 10 for its mazes.
+    soon as one of them ends, so this saves time where episodes are long, or end together. On a CPU
+    it makes 1.3 times as many steps a second in POPGym's card games, and 25 times in its mazes.
     """
     step_key, reset_key = jr.split(key)
     obs, state, reward, terminated, info = env.step_env(step_key, state, action, params)
