@@ -34,6 +34,7 @@ from spg.envs.cards import RecallCards
 from spg.envs.hidden_bodies import HiddenBodies
 from spg.envs.memory import RepeatFirst, TMaze
 from spg.envs.point_mass import Doors, PointMass
+from spg.envs.popgym import TASKS
 from spg.envs.tabular import Tabular, tabular_params
 from spg.limits import Range
 from spg.types import Env
@@ -79,6 +80,7 @@ _OWN: dict[str, Callable[..., Environment]] = {
     "PointMass-memory": PointMass,
     "Doors-memory": Doors,
     **{f"{name}-pomdp": _episodes(make) for name, make in WORLDS.items()},
+    **TASKS,
 }
 # Gymnax's physics, and the fields of their states that are velocities. The environment itself is
 # asked where velocities appear in the observation.
@@ -104,9 +106,9 @@ def make(
 ) -> Env:
     """Open an environment, with its parameters.
 
-    `env` is a name: of Gymnax, `brax/<name>`, or one of our own; `package.module:Class` for a
-    Gymnax environment of yours that can be imported from there or from the working directory; or
-    such an environment itself.
+    `env` is a name: of Gymnax, `brax/<name>`, `popgym/<name>`, or one of our own;
+    `package.module:Class` for a Gymnax environment of yours that can be imported from there or from
+    the working directory; or such an environment itself.
 
     | `observe` | the policy sees |
     | --- | --- |

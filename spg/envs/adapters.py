@@ -1,6 +1,7 @@
 """`Adapter`: what the policy and the critic see of an environment, and how a policy acts there."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -11,6 +12,7 @@ from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
+from spg.envs.resets import ResetsRarely, step_and_reset_rarely
 from spg.envs.tabular import Tabular
 from spg.types import Observation, Spec
 
@@ -34,10 +36,11 @@ class AdapterState(NamedTuple):
 class Adapter(Environment):
     """Flat float32 observations and actions in [-1, 1]; a Gymnax environment around another.
 
-    The adapter wraps `step_env` and `reset_env` alone. Gymnax's own `step` makes the single
-    auto-reset and the final observation. States keep one set of dtypes, so that a scan can carry
-    them in 64-bit mode too. (In that mode Freeway, DiscountingChain, MetaMaze and GaussianBandit of
-    Gymnax 1.0.1 cannot run: they mix 32 and 64 bits within their own transition.)
+    The adapter wraps `step_env` and `reset_env` alone. Gymnax's own `step`, or one to the same bits
+    where resets are costly, makes the single auto-reset and the final observation. States keep one
+    set of dtypes, so that a scan can carry them in 64-bit mode too. (In that mode Freeway,
+    DiscountingChain, MetaMaze and GaussianBandit of Gymnax 1.0.1 cannot run: they mix 32 and 64
+    bits within their own transition.)
     """
 
     def __init__(
@@ -70,6 +73,15 @@ class Adapter(Environment):
     @property
     def default_params(self) -> Any:
         return self._params
+
+    @partial(jax.jit, static_argnames=("self",))
+    def step(
+        self, key: PRNGKeyArray, state: AdapterState, action: ArrayLike, params: Any = None
+    ) -> tuple[PyTree, AdapterState, Array, Array, Array, dict]:
+        params = self._params if params is None else params
+        if isinstance(self.inner, ResetsRarely) and self.inner.resets_rarely:
+            return step_and_reset_rarely(self, key, state, action, params)
+        return super().step(key, state, action, params)
 
     def reset_env(self, key: PRNGKeyArray, params: Any) -> tuple[PyTree, AdapterState]:
         obs, env_state = self.inner.reset_env(key, params)
