@@ -36,11 +36,8 @@ def step_and_reset_rarely(
         key = carry[0]
         fresh = env.reset_env(key, params)
         after = jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), fresh, carry[1])
-        return (
-            jr.fold_in(key, 0),
-            after,
-            jnp.array(False),
-        )  # XLA moves what is constant out of a loop
+        # a key that changes: XLA moves what is constant out of a loop
+        return jr.fold_in(key, 0), after, jnp.array(False)
 
     carry = reset_key, (obs, state), terminated | truncated
     _, (obs, state), _ = lax.while_loop(lambda carry: carry[2], reset, carry)
