@@ -124,6 +124,19 @@ def without_effect(config: Any) -> list[str]:
     return lines
 
 
+class Constant:
+    """A note on an option of type float: programs are compiled for its value, see `floats`."""
+
+
+def floats(config: Any) -> dict[str, float]:
+    """The options of type float without the note `Constant`, which a program takes as arguments."""
+    return {
+        name: float(value)
+        for name, value, hint in _fields(config)
+        if _kind(hint) is float and Constant not in _notes(hint)
+    }
+
+
 def fits(size: int | float, what: str, *, on_device: bool = False) -> None:
     """Raise ValueError if `size` bytes, a lower bound of what `what` takes, are not available.
 
@@ -163,11 +176,16 @@ def _notes(hint: Any) -> tuple[Any, ...]:
     return get_args(hint)[1:] if get_origin(hint) is Annotated else ()
 
 
+def _kind(hint: Any) -> Any:
+    """A type without its notes."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
 def _check(name: str, value: Any, hint: Any) -> None:
     for note in _notes(hint):
         if isinstance(note, Range):
             note.check(name, value)
-    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    kind = _kind(hint)
     parts = get_args(kind)
     if get_origin(kind) is Literal and value not in parts:
         near = difflib.get_close_matches(str(value), map(str, parts), 1)

@@ -5,14 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
 from jaxtyping import PRNGKeyArray
 
-from spg.limits import check
+from spg import limits
 from spg.rollout import evaluation
 from spg.training import loop, options, records, terminal
 from spg.training.metrics import AVERAGE_REWARD
@@ -43,8 +42,9 @@ def in_episodes(
     seen = options.describe(config, oracle=config.memory == "oracle")
     return loop.Algorithm(
         title=f"{method}, {config.memory}: {seen}",
-        init=partial(init, config, env),
-        step=partial(step, config, env),
+        init=with_floats(init, config, env),
+        step=with_floats(step, config, env),
+        floats=floats(config, sizes["num_updates"], sizes["steps_per_update"]),
         kernel=kernel,
         evaluate=lambda state, key: evaluation(
             kernel(state), env, num_episodes=config.eval_episodes, key=key
@@ -52,6 +52,24 @@ def in_episodes(
         export=lambda learned, out: films.save_page(learned.kernel, env, out),
         **sizes,
     )
+
+
+def floats(config: Any, num_updates: int, steps_per_update: int) -> loop.Floats:
+    """The options whose values a program is not compiled for: floats, and the length of a run."""
+    found: loop.Floats = limits.floats(config)
+    if "total_steps" in vars(config):
+        # half an update more: in single precision too it is as many updates
+        found["total_steps"] = (num_updates + 0.5) * steps_per_update
+    if "num_updates" in vars(config):
+        found["num_updates"] = float(num_updates)
+    return found
+
+
+def with_floats(
+    f: Callable[..., Any], config: Any, *fixed: Any
+) -> Callable[[loop.Floats, Any], Any]:
+    """`f(config, *fixed, x)` as a function of x and of options that are put into `config`."""
+    return lambda floats, x: f(replace(config, **floats), *fixed, x)
 
 
 def of_controllers(problem: Problem, method: str, **parts: Any) -> loop.Algorithm:
@@ -81,7 +99,7 @@ def main(config_type: type[C], make: Callable[[C], loop.Algorithm], *, cores: bo
     with terminal.interruptible() as interruption:
         try:
             config = parse(config_type)
-            check(config)
+            limits.check(config)
             options.warn(config)
             if cores:
                 use_cores(config.num_seeds)
