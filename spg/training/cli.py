@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,7 @@ def main(config_type: type[C], make: Callable[[C], loop.Algorithm], *, cores: bo
             config = parse(config_type)
             limits.check(config)
             options.warn(config)
+            keep_programs()
             if cores:
                 use_cores(config.num_seeds)
             algorithm = make(config)
@@ -143,6 +145,28 @@ def train(make: Callable[[C], loop.Algorithm], config: C, out: Path) -> dict[str
     return loop.run(config, algorithm, out)
 
 
+def keep_programs() -> None:
+    """Keep compiled programs on disk, as `options.CACHE` tells; if it cannot be, warn and go on.
+
+    What the user has told JAX about its compilation cache holds.
+    """
+    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = jax.config.jax_compilation_cache_dir or f"{home}/spg/jax"  # type: ignore[attr-defined]
+    if "://" not in path:
+        try:
+            os.makedirs(path, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            print(f"warning: no compiled programs are kept: {error}", file=sys.stderr)
+            jax.config.update("jax_enable_compilation_cache", False)
+            return
+    jax.config.update("jax_compilation_cache_dir", path)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # JAX's default is a second
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def use_cores(num_seeds: int) -> None:
     """Make the cores of a CPU devices, over which the seeds are sharded; call before JAX starts.
 
@@ -166,6 +190,7 @@ def once(
         try:
             config = options.parse(config_type)
             options.warn(config)
+            keep_programs()
             if seeds:
                 use_cores(seeds(config))
             main(config)

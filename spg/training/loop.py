@@ -144,10 +144,11 @@ def _run(
     # jitted, they are traced once for all programs that call them
     algorithm = algorithm._replace(init=jax.jit(algorithm.init), step=jax.jit(algorithm.step))
 
+    @partial(jax.jit, compiler_options=ONCE)
     def start(floats, keys):
         return Seeds(jax.vmap(algorithm.init)(floats, keys), jnp.zeros(len(keys), jnp.int32))
 
-    one = jax.tree.map(lambda x: x[parts[0]], (floats, roots[:, 0]))
+    one = _part((floats, roots[:, 0]), 0, len(points))
     like = jax.eval_shape(start, *one)
     report = jax.eval_shape(jax.vmap(algorithm.step), one[0], like.state)[1]
     names = _names(algorithm.measure, report)
@@ -175,7 +176,7 @@ def _run(
     try:
         began = time.perf_counter()
         # `start` on one device: it runs once, and is compiled once
-        seeds = seeds or jax.jit(start, compiler_options=ONCE)(floats, roots[:, 0])
+        seeds = seeds or start(floats, roots[:, 0])
         seeds, floats, eval_roots = program(shared, lambda *x: x)(seeds, floats, roots[:, 1])
         ahead = [*pairwise(m for m in marks if m >= update)]
         if ahead:

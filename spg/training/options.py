@@ -92,6 +92,11 @@ GROUPS = {
     "RunConfig": "run",
 }
 """The headings of a help page, by the class that declares the options."""
+CACHE = """
+Compiled programs are kept in ~/.cache/spg/jax, where the next start of the same program finds them.
+JAX_COMPILATION_CACHE_DIR names another directory; JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+"""
+"""The end of a help page's description."""
 
 
 def parse(
@@ -113,7 +118,7 @@ def parse(
     omit = (tyro.conf.OmitArgPrefixes,)
     if len(parts) == 1:
         (page,), omit = parts.values(), ()
-    text = _wrapped(sys.modules[config_type.__module__].__doc__ or "")
+    text = _wrapped((sys.modules[config_type.__module__].__doc__ or "") + CACHE)
     parsed = tyro.cli(page, args=args, registry=NUMBERS, description=text, config=omit)
     said: dict[str, Any] = {}
     for title, names in groups.items():
