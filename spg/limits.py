@@ -133,7 +133,7 @@ def floats(config: Any) -> dict[str, float]:
     return {
         name: float(value)
         for name, value, hint in _fields(config)
-        if _kind(hint) is float and Constant not in _notes(hint)
+        if kind(hint) is float and Constant not in _notes(hint)
     }
 
 
@@ -166,6 +166,11 @@ def _available(on_device: bool) -> float:
     return min(limits)
 
 
+def kind(hint: Any) -> Any:
+    """A type without its notes."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
 def _fields(config: Any) -> Iterator[tuple[str, Any, Any]]:
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
@@ -176,25 +181,20 @@ def _notes(hint: Any) -> tuple[Any, ...]:
     return get_args(hint)[1:] if get_origin(hint) is Annotated else ()
 
 
-def _kind(hint: Any) -> Any:
-    """A type without its notes."""
-    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
-
-
 def _check(name: str, value: Any, hint: Any) -> None:
     for note in _notes(hint):
         if isinstance(note, Range):
             note.check(name, value)
-    kind = _kind(hint)
-    parts = get_args(kind)
-    if get_origin(kind) is Literal and value not in parts:
+    bare = kind(hint)
+    parts = get_args(bare)
+    if get_origin(bare) is Literal and value not in parts:
         near = difflib.get_close_matches(str(value), map(str, parts), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(map(str, parts))}"
         raise ValueError(f"unknown {name} {value!r}; {hint}")
-    if get_origin(kind) is tuple:
+    if get_origin(bare) is tuple:
         for entry in value:
             _check(name, entry, parts[0])
-    if get_origin(kind) is dict:
+    if get_origin(bare) is dict:
         for key, entry in value.items():
             _check(key, entry, parts[1])
 

@@ -12,7 +12,7 @@ import io
 import itertools
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -21,8 +21,8 @@ import numpy as np
 from tyro.conf import UseAppendAction
 
 from spg import limits
-from spg.training import loop, records
-from spg.training.options import RunConfig, flag, integer
+from spg.training import loop, plots, records, summaries
+from spg.training.options import RunConfig, flag, integer, words
 
 SHARED = [f.name for f in dataclasses.fields(RunConfig)]
 
@@ -32,8 +32,8 @@ class Grid:
     """The grid, e.g. --grid learning-rate 1e-4 1e-3 --grid memory s2pg bptt"""
 
     grid: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """an option and two values or more; with several --grid every combination is trained. Floats are
-    vmapped in one program, other options are trained one after another"""
+    """an option and two values or more; with several --grid every combination is trained. Floats
+    are vmapped in one program, other options are trained one after another"""
 
 
 class Axis(NamedTuple):
@@ -60,11 +60,12 @@ class Point(NamedTuple):
         return (self.out / "diverged").exists()
 
 
-def axes(config: Any) -> list[Axis]:
-    """The axes of `config.grid`. Raises ValueError for what cannot be one."""
-    kinds = {name: kind for name, kind in _kinds(type(config)) if name != "grid"}
+def axes(grid: Sequence[Sequence[str]], config_type: type) -> list[Axis]:
+    """The axes that a command line tells. Raises ValueError for what cannot be one."""
+    hints = get_type_hints(config_type, include_extras=True)
+    kinds = {f.name: limits.kind(hints[f.name]) for f in dataclasses.fields(config_type)}
     found = []
-    for word, *values in config.grid:
+    for word, *values in grid:
         name = word.lstrip("-").replace("-", "_")
         if name not in kinds:
             near = difflib.get_close_matches(name, kinds, 1)
@@ -80,7 +81,9 @@ def axes(config: Any) -> list[Axis]:
     if not found:
         raise ValueError("a sweep needs --grid, with an option and two values or more")
     if len({axis.name for axis in found}) < len(found):
-        raise ValueError("--grid: an option is there twice; all its values belong behind one --grid")
+        raise ValueError(
+            "--grid: an option is there twice; all its values belong behind one --grid"
+        )
     return found
 
 
@@ -109,10 +112,13 @@ def programs(every: list[Point]) -> list[list[Point]]:
 def make(
     group: list[Point], make_one: Callable[[Any], loop.Algorithm]
 ) -> tuple[loop.Algorithm, list[loop.Floats]]:
-    """The algorithm of a program, for the memory that all its seeds take, and each point's floats."""
+    """The algorithm of a program, checked for the memory that all take, and each point's floats."""
     config = group[0].config
     algorithm = make_one(replace(config, num_seeds=len(group) * config.num_seeds))
-    own = [algorithm.floats | {k: p.values[k] for k in p.values if k in algorithm.floats} for p in group]
+    own = [
+        algorithm.floats | {k: p.values[k] for k in p.values if k in algorithm.floats}
+        for p in group
+    ]
     return algorithm, own
 
 
@@ -135,10 +141,70 @@ def train(group: list[Point], algorithm: loop.Algorithm, floats: list[loop.Float
             (point.out / "diverged").touch()
 
 
-def _kinds(config_type: type) -> Iterator[tuple[str, Any]]:
-    hints = get_type_hints(config_type, include_extras=True)
-    for field in dataclasses.fields(config_type):
-        yield field.name, limits.kind(hints[field.name])
+def results(every: list[Point]) -> list[dict[str, Any]]:
+    """A row for each trained point, the best first: values, final return and what it is certain by.
+
+    `mean` is over seeds, of the last tenth of training; `low` and `high` are a 95 % bootstrap
+    interval of it. Where a seed diverged, a point ranks behind those where none did.
+    """
+    rows = []
+    for point in every:
+        if not point.done:
+            continue
+        row = point.values | dict.fromkeys(("mean", "low", "high", "noise_free"), np.nan)
+        row |= {"diverged": point.config.num_seeds}
+        if not point.diverged:
+            summary = summaries.read_summary(point.out)
+            final = np.array(summary[f"final_{summary['measure']}"])
+            low, high = plots.interval(final, statistic=np.mean)
+            row |= {"mean": float(final.mean()), "low": float(low), "high": float(high)}
+            row |= {"noise_free": summary[f"final_{summary['measure']}_noise_free_mean"]}
+            row |= {"diverged": len(summary["diverged"])}
+        rows.append(row | {"run": point.out.name})
+    rows.sort(key=lambda row: (row["diverged"] > 0, -np.nan_to_num(row["mean"], nan=-np.inf)))
+    return [{"rank": i} | row for i, row in enumerate(rows, 1)]
+
+
+def write(out: Path, rows: list[dict[str, Any]]) -> None:
+    """`results.csv`, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    records.write(out / "results.csv", text.getvalue())
+
+
+def draw(path: Path, found: list[Axis], rows: list[dict[str, Any]], *, measure: str, title: str):
+    """A heat map of two axes, dots of one; of more, every point with its interval.
+
+    Points of which a seed diverged are left out.
+    """
+    rows = [row for row in rows if not row["diverged"]]
+    if len(found) == 2:
+        place = {tuple(row[axis.name] for axis in found): row["mean"] for row in rows}
+        means = [[place.get((x, y), np.nan) for y in found[1].values] for x in found[0].values]
+        labels = [(axis.name, [_word(x) for x in axis.values]) for axis in found]
+        return plots.heat_map(path, np.array(means), *labels, measure=measure, title=title)
+    shown = [
+        plots.Final(
+            ", ".join(f"{axis.name} {_word(row[axis.name])}" for axis in found),
+            *(row[k] for k in ("mean", "low", "high", "noise_free")),
+        )
+        for row in rows
+    ]
+    if len(found) == 1:  # in the order of the axis, from below
+        order = {value: i for i, value in enumerate(found[0].values)}
+        shown = [shown[i] for i in np.argsort([order[row[found[0].name]] for row in rows])]
+    plots.final_returns(path, shown, measure=measure, title=title, by_rank=len(found) > 1)
+
+
+def command(script: str, point: Point) -> str:
+    """The command line that trains a point alone."""
+    return shlex.join(["python", script, *words(replace(point.config, out=None, resume=False))])
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _value(name: str, kind: Any, word: str) -> Any:

@@ -88,6 +88,7 @@ GROUPS = {
     "EnvConfig": "environment",
     "ProblemConfig": "problem",
     "PolicyConfig": "policy",
+    "Grid": "grid",
     "Config": "training",
     "RunConfig": "run",
 }
@@ -128,6 +129,28 @@ def parse(
     return config_type(**said | unsaid)
 
 
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def words(config: Any) -> list[str]:
+    """The command line that `parse` reads as `config`, without what is as by default."""
+    found: list[str] = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        if value == default:
+            continue
+        if isinstance(value, bool):
+            found.append(flag(f.name if value else f"no_{f.name}"))
+        elif isinstance(value, dict):
+            found += [flag(f.name), *(str(x) for pair in value.items() for x in pair)]
+        else:
+            found += [flag(f.name), *map(str, value if isinstance(value, tuple) else (value,))]
+    return found
+
+
 def warn(config: Any) -> None:
     """Print a line on stderr for each option that was set in vain."""
     for line in limits.without_effect(config):
@@ -166,11 +189,12 @@ NUMBERS = ConstructorRegistry()
 """How tyro reads numbers: see `parse`."""
 
 
-def _integer(words: list[str]) -> Any:
+def integer(word: str) -> int | float:
+    """A number as typed on the command line: whole ones as integers, also if written 1e6."""
     try:
-        return int(words[0])
+        return int(word)
     except ValueError:
-        value = float(words[0])
+        value = float(word)
         return int(value) if value.is_integer() else value
 
 
@@ -180,7 +204,7 @@ def _whole(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     if info.type is not int:
         return None
     return PrimitiveConstructorSpec(
-        nargs=1, metavar="INT", instance_from_str=_integer,
+        nargs=1, metavar="INT", instance_from_str=lambda words: integer(words[0]),
         is_instance=lambda x: isinstance(x, int), str_from_instance=lambda x: [str(x)],
     )  # fmt: skip
 
