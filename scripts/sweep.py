@@ -2,7 +2,7 @@
 
 Floats are vmapped in one program, beside the seeds; other options are trained one after another.
 
-    python scripts/sweep.py ppo --grid learning-rate 1e-4 1e-3 --grid gamma .9 .99 --num-seeds 4
+    python scripts/sweep.py ppo --grid learning-rate 1e-4 1e-3 --grid gamma .9 1
     python scripts/sweep.py sac --grid memory s2pg bptt --out runs/mine
     python scripts/sweep.py sac --out runs/mine --resume
 """
@@ -38,19 +38,23 @@ def sweep(name: str, script: Any, config: Any, say: terminal.Interruption) -> No
     """Train the points that are not there yet. Raises ValueError for what cannot run."""
     fields = [f.name for f in dataclasses.fields(script.Config)]
     plain = script.Config(**{field: getattr(config, field) for field in fields})
+    if config.resume and config.out is None:
+        raise records.RunError("--resume needs --out, the directory of the sweep to go on with")
     axes = grids.axes(config.grid, script.Config)
     checked = grids.points(plain, axes, Path())
     for line in dict.fromkeys(x for p in checked for x in limits.without_effect(p.config)):
         print(f"warning: {line}", file=sys.stderr)
     cli.keep_programs()
     if name != "gamp":
-        cli.use_cores(max(map(len, grids.programs(checked))) * config.num_seeds)
+        cli.use_cores(len(checked) * config.num_seeds)
     make = script.make_precise if name == "gamp" else script.make
-    plan = [grids.make(group, make) for group in grids.programs(checked)]
+    one = make(plain)
+    plan = [grids.make(group, make) for group in grids.programs(checked, one)]
     out = records.open_run(config, f"sweep-{name}")
     points = grids.points(plain, axes, out)
     say.line = f"interrupted; --out {out} --resume goes on from the last checkpoint"
-    groups = grids.programs(points)
+    groups = grids.programs(points, one)
+    label = one.measure.label
     for i, (group, (algorithm, floats)) in enumerate(zip(groups, plan, strict=True), 1):
         if all(point.done for point in group):
             continue
@@ -62,12 +66,11 @@ def sweep(name: str, script: Any, config: Any, say: terminal.Interruption) -> No
         grids.train(group, algorithm, floats)
         rows = grids.results(points)
         grids.write(out, rows)
-        label = plan[0][0].measure.label
-        grids.draw(out / "grid.png", axes, rows, measure=f"final {label}", title=plan[0][0].title)
+        grids.draw(out / "grid.png", axes, rows, measure=f"final {label}", title=one.title)
     rows = grids.results(points)
     print(tables.table([{k: v for k, v in row.items() if k != "run"} for row in rows]))
     best = next(point for point in points if point.out.name == rows[0]["run"])
-    print(f"mean: final {plan[0][0].measure.label}; low, high: its 95 % interval over seeds")
+    print(f"mean: final {label}; low, high: its 95 % interval over seeds")
     print(f"table, picture and runs: {out}\nthe best: {grids.command(f'scripts/{name}.py', best)}")
 
 

@@ -99,11 +99,14 @@ def points(config: Any, found: list[Axis], out: Path) -> list[Point]:
     return every
 
 
-def programs(every: list[Point]) -> list[list[Point]]:
-    """The points by the program that trains them: those of one differ in floats alone."""
+def programs(every: list[Point], algorithm: loop.Algorithm) -> list[list[Point]]:
+    """The points by the program that trains them: those of one differ in floats alone.
+
+    `algorithm` is that of any point.
+    """
+    traced = limits.floats(every[0].config).keys() & algorithm.floats.keys()
     groups: dict[tuple, list[Point]] = {}
     for point in every:
-        traced = limits.floats(point.config)
         key = tuple((k, v) for k, v in point.values.items() if k not in traced)
         groups.setdefault(key, []).append(point)
     return list(groups.values())
@@ -200,7 +203,8 @@ def draw(path: Path, found: list[Axis], rows: list[dict[str, Any]], *, measure: 
 
 def command(script: str, point: Point) -> str:
     """The command line that trains a point alone."""
-    return shlex.join(["python", script, *words(replace(point.config, out=None, resume=False))])
+    plain = replace(point.config, out=None, resume=False)
+    return shlex.join(["python", script, *words(plain, said=point.values)])
 
 
 def _word(value: Any) -> str:
@@ -213,13 +217,13 @@ def _value(name: str, kind: Any, word: str) -> Any:
         return {str(x): x for x in get_args(kind)}.get(word, word)  # `limits.check` refuses others
     if kind is bool:
         if word.lower() not in ("true", "false"):
-            raise ValueError(f"--grid {flag(name)}: {word!r} is neither true nor false")
+            raise ValueError(f"--grid {flag(name)[2:]}: {word!r} is neither true nor false")
         return word.lower() == "true"
     if kind in (int, float):
         try:
             return float(word) if kind is float else integer(word)
         except ValueError:
-            raise ValueError(f"--grid {flag(name)}: {word!r} is not a number") from None
+            raise ValueError(f"--grid {flag(name)[2:]}: {word!r} is not a number") from None
     if kind is str:
         return word
     raise ValueError(f"--grid: {name} takes several values at once, and cannot be a grid")

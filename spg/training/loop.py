@@ -169,7 +169,7 @@ def _run(
         for table in tables:
             table.start()
 
-    shared = devices(len(lanes)) if algorithm.sharded else jax.devices()[:1]
+    shared = devices(len(lanes), len(points)) if algorithm.sharded else jax.devices()[:1]
     unit = "step" if algorithm.steps_per_update else "update"
     progress = Progress(algorithm.name, total=algorithm.num_updates * work, unit=unit)
     events = [Events(out, first=update + 1, say=progress.say) for out in points]
@@ -319,7 +319,7 @@ def _named(lanes: np.ndarray, diverged: np.ndarray) -> str:
 
 
 @partial(jax.jit, static_argnums=2)
-def _slice(tree: PyTree, index: int, count: int) -> PyTree:
+def _slice(tree: PyTree, index: int | Array, count: int) -> PyTree:
     """One of `count` equal parts of a tree's leaves."""
     size = lambda x: len(x) // count
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, index * size(x), size(x)), tree)

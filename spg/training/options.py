@@ -7,7 +7,7 @@ import dataclasses
 import math
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -134,13 +134,13 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def words(config: Any) -> list[str]:
-    """The command line that `parse` reads as `config`, without what is as by default."""
+def words(config: Any, *, said: Collection[str] = ()) -> list[str]:
+    """The command line that `parse` reads as `config`; defaults are left out, but for `said`."""
     found: list[str] = []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         default = f.default_factory() if callable(f.default_factory) else f.default
-        if value == default:
+        if value == default and f.name not in said:
             continue
         if isinstance(value, bool):
             found.append(flag(f.name if value else f"no_{f.name}"))
