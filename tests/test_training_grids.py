@@ -15,7 +15,7 @@ from test_scripts_off_policy import SAC, TD3
 from test_training_loop import assert_same_run
 
 from scripts import ppo, reinforce, sac, sweep, td3
-from spg.training import cli, grids, options
+from spg.training import cli, grids, options, summaries
 from spg.training.metrics import read_metrics
 from spg.training.terminal import Interruption
 
@@ -39,32 +39,33 @@ def one_device(monkeypatch):
 WALK = walk.Config(num_seeds=2, num_updates=8, eval_episodes=1)
 
 
-def test_points_are_ranked_and_a_sweep_that_was_cut_short_goes_on_to_the_same_bits(
-    tmp_path, capsys
-):
-    out = tmp_path / "sweep"
-    words = "rate 0.25 0.5 inf", "unrolled 1 0"
-    rows = grid(walk, WALK, out, *words)
+def test_points_are_ranked_and_the_best_is_a_command_line(tmp_path, capsys):
+    rows = grid(walk, WALK, tmp_path, "rate 0.25 inf", "unrolled 1 0")
     said = capsys.readouterr()
-    assert "program 2 of 2, 3 points x 2 seeds" in said.err
-    assert (out / "grid.png").stat().st_size > 1000
-    assert [row["rank"] for row in rows] == list("123456")
-    means = [float(row["mean"] or "nan") for row in rows]
-    assert means[:4] == sorted(means[:4], reverse=True)
-    assert {row["rate"] for row in rows[4:]} == {"inf"}
-    assert {row["diverged"] for row in rows[4:]} == {"2"}
+    assert "program 2 of 2, 2 points x 2 seeds" in said.err
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+    assert [row["rank"] for row in rows] == list("1234")
+    assert [row["rate"] for row in rows] == ["0.25", "0.25", "inf", "inf"]
+    assert [row["diverged"] for row in rows] == list("0022")
+    for row in rows[:2]:
+        summary = summaries.read_summary(tmp_path / "points" / row["run"])
+        assert float(row["mean"]) == summary["final_return_mean"]
+        assert min(summary["final_return"]) <= float(row["low"]) <= float(row["mean"])
+    assert float(rows[0]["mean"]) >= float(rows[1]["mean"])
     best = said.out.splitlines()[-1].removeprefix("the best: python scripts/walk.py ")
-    point = {"rate": float(rows[0]["rate"]), "unrolled": int(rows[0]["unrolled"])}
-    assert options.parse(walk.Config, shlex.split(best)) == replace(WALK, **point)
+    point = replace(WALK, rate=0.25, unrolled=int(rows[0]["unrolled"]))
+    assert options.parse(walk.Config, shlex.split(best)) == point
 
-    name = f"rate={point['rate']:g},unrolled={point['unrolled']}"
-    cli.train(walk.make, replace(WALK, **point), tmp_path / "alone")
-    alone, found = (read_metrics(x) for x in (tmp_path / "alone", out / "points" / name))
-    for column in alone:
-        np.testing.assert_allclose(found[column], alone[column], rtol=1e-5)
 
-    half = tmp_path / "half"
-    shutil.copytree(out, half)
+@pytest.mark.slow
+def test_a_sweep_that_was_cut_short_goes_on_to_the_same_bits(tmp_path):
+    whole, half, words = (
+        tmp_path / "whole",
+        tmp_path / "half",
+        ("rate 0.25 0.5 inf", "unrolled 1 0"),
+    )
+    rows = grid(walk, WALK, whole, *words)
+    shutil.copytree(whole, half)
     for cut in (half / "points").glob("*,unrolled=0"):  # killed while it saved one after another
         (cut / "summary.json").unlink(missing_ok=True)
         (cut / "diverged").unlink(missing_ok=True)
@@ -76,7 +77,10 @@ def test_points_are_ranked_and_a_sweep_that_was_cut_short_goes_on_to_the_same_bi
     assert all(path.stat().st_mtime_ns == before for path, before in done)
     for rate in ("0.25", "0.5"):
         name = f"points/rate={rate},unrolled=0"
-        assert_same_run(out / name, half / name)
+        assert_same_run(whole / name, half / name)
+        alone = replace(WALK, rate=float(rate))
+        cli.train(walk.make, alone, tmp_path / rate)
+        np.testing.assert_equal(read_metrics(tmp_path / rate), read_metrics(whole / name))
 
 
 @pytest.mark.parametrize(

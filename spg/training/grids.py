@@ -21,7 +21,7 @@ import numpy as np
 from tyro.conf import UseAppendAction
 
 from spg import limits
-from spg.training import loop, plots, records, summaries
+from spg.training import loop, records
 from spg.training.options import RunConfig, flag, integer, words
 
 SHARED = [f.name for f in dataclasses.fields(RunConfig)]
@@ -150,6 +150,8 @@ def results(every: list[Point]) -> list[dict[str, Any]]:
     `mean` is over seeds, of the last tenth of training; `low` and `high` are a 95 % bootstrap
     interval of it. Where a seed diverged, a point ranks behind those where none did.
     """
+    from spg.training import plots, summaries  # here and below: matplotlib takes a second to load
+
     rows = []
     for point in every:
         if not point.done:
@@ -182,6 +184,8 @@ def draw(path: Path, found: list[Axis], rows: list[dict[str, Any]], *, measure: 
 
     Points of which a seed diverged are left out.
     """
+    from spg.training import plots
+
     rows = [row for row in rows if not row["diverged"]]
     if len(found) == 2:
         place = {tuple(row[axis.name] for axis in found): row["mean"] for row in rows}
