@@ -55,6 +55,7 @@ def sweep(name: str, script: Any, config: Any, say: terminal.Interruption) -> No
     say.line = f"interrupted; --out {out} --resume goes on from the last checkpoint"
     groups = grids.programs(points, one)
     label = one.measure.label
+    title = one.title if len(groups) == 1 else f"{name}, {config.num_seeds} seeds"
     for i, (group, (algorithm, floats)) in enumerate(zip(groups, plan, strict=True), 1):
         if all(point.done for point in group):
             continue
@@ -66,7 +67,7 @@ def sweep(name: str, script: Any, config: Any, say: terminal.Interruption) -> No
         grids.train(group, algorithm, floats)
         rows = grids.results(points)
         grids.write(out, rows)
-        grids.draw(out / "grid.png", axes, rows, measure=f"final {label}", title=one.title)
+        grids.draw(out / "grid.png", axes, rows, measure=f"final {label}", title=title)
     rows = grids.results(points)
     print(tables.table([{k: v for k, v in row.items() if k != "run"} for row in rows]))
     best = next(point for point in points if point.out.name == rows[0]["run"])
