@@ -15,6 +15,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one
 
 import dataclasses
 import importlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,10 @@ def sweep(name: str, script: Any, config: Any, say: terminal.Interruption) -> No
         print(f"warning: {line}", file=sys.stderr)
     cli.keep_programs()
     if name != "gamp":
-        cli.use_cores(len(checked) * config.num_seeds)
+        together = [len(axis.values) for axis in axes if axis.name in limits.floats(plain)]
+        cli.use_cores(math.prod(together) * config.num_seeds)
     make = script.make_precise if name == "gamp" else script.make
-    one = make(plain)
+    one = make(checked[0].config)
     plan = [grids.make(group, make) for group in grids.programs(checked, one)]
     out = records.open_run(config, f"sweep-{name}")
     points = grids.points(plain, axes, out)
