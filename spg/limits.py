@@ -124,6 +124,19 @@ def without_effect(config: Any) -> list[str]:
     return lines
 
 
+class Constant:
+    """A note on an option of type float: programs are compiled for its value, see `floats`."""
+
+
+def floats(config: Any) -> dict[str, float]:
+    """The options of type float without the note `Constant`, which a program takes as arguments."""
+    return {
+        name: float(value)
+        for name, value, hint in _fields(config)
+        if kind(hint) is float and Constant not in _notes(hint)
+    }
+
+
 def fits(size: int | float, what: str, *, on_device: bool = False) -> None:
     """Raise ValueError if `size` bytes, a lower bound of what `what` takes, are not available.
 
@@ -153,6 +166,11 @@ def _available(on_device: bool) -> float:
     return min(limits)
 
 
+def kind(hint: Any) -> Any:
+    """A type without its notes."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
 def _fields(config: Any) -> Iterator[tuple[str, Any, Any]]:
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
@@ -167,16 +185,16 @@ def _check(name: str, value: Any, hint: Any) -> None:
     for note in _notes(hint):
         if isinstance(note, Range):
             note.check(name, value)
-    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    parts = get_args(kind)
-    if get_origin(kind) is Literal and value not in parts:
+    bare = kind(hint)
+    parts = get_args(bare)
+    if get_origin(bare) is Literal and value not in parts:
         near = difflib.get_close_matches(str(value), map(str, parts), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(map(str, parts))}"
         raise ValueError(f"unknown {name} {value!r}; {hint}")
-    if get_origin(kind) is tuple:
+    if get_origin(bare) is tuple:
         for entry in value:
             _check(name, entry, parts[0])
-    if get_origin(kind) is dict:
+    if get_origin(bare) is dict:
         for key, entry in value.items():
             _check(key, entry, parts[1])
 

@@ -32,6 +32,7 @@ LATE = {
         {"spg.training", *(f"spg.training.{x}" for x in ("checkpoints", "events", "resume"))},
         PAGE,
     ),
+    "training/grids.py": ({"spg.training"}, PAGE),
     "training/films.py": ({"spg.envs", "spg.training"}, BACKEND),
     "training/options.py": ({"spg.envs"}, BACKEND),
     "training/policies.py": ({"spg.envs"}, BACKEND),

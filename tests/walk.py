@@ -45,15 +45,15 @@ def make(config: Config) -> loop.Algorithm:
     roots = jax.vmap(lambda seed: jr.key_data(jr.split(jr.key(seed))[0]))(seeds)
     ends = jnp.asarray([config.diverge.get(str(seed), -1) for seed in seeds])
 
-    def init(key):
+    def init(floats, key):
         end = ends[jnp.argmax((roots == jr.key_data(key)).all(1))]
         learned = Learned({"x": jnp.zeros(config.sizes)}, jnp.zeros((4, 0)), key)
         return State(learned, {"t": jnp.int32(0), "end": end}, key)
 
-    def step(state):
+    def step(floats, state):
         key, noise = jr.split(state.key)
         number = state.world["t"] + 1
-        x = state.learned.kernel["x"] + config.rate * jr.normal(noise, config.sizes)
+        x = state.learned.kernel["x"] + floats["rate"] * jr.normal(noise, config.sizes)
         x = jnp.where(number == state.world["end"], jnp.nan, x)
         for _ in range(config.unrolled):
             x = jnp.sin(x @ jnp.outer(x, x) + 0.1)
@@ -84,6 +84,7 @@ def make(config: Config) -> loop.Algorithm:
         export=lambda learned, out: None,
         num_updates=config.num_updates,
         steps_per_update=10,
+        floats={"rate": config.rate},
     )
 
 

@@ -125,7 +125,8 @@ def methods(config: Config) -> list[Method]:
 
 def multiply_adds(config: ppo.Config) -> int:
     """Of one step forward through policy and critic: the entries of their matrices."""
-    kernel, critic, _ = jax.eval_shape(ppo.make(config).init, jr.key(0)).learned
+    algorithm = ppo.make(config)
+    kernel, critic, _ = jax.eval_shape(algorithm.init, algorithm.floats, jr.key(0)).learned
     parts = jax.tree.leaves((kernel, critic))
     return sum(x.size for x in parts if x.ndim == 2)
 

@@ -95,9 +95,9 @@ def make(config: ppo.Config) -> loop.Algorithm:
     """PPO that reports `probe` in every update."""
     algorithm, env = ppo.make(config), options.make_env(config)
 
-    def step(state):
+    def step(floats, state):
         seen = probe(config, env, state.learned, jr.fold_in(state.key, 1))
-        state, report = algorithm.step(state)
+        state, report = algorithm.step(floats, state)
         return state, report._replace(metrics=report.metrics | seen)
 
     return algorithm._replace(step=step)

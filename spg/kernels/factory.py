@@ -34,7 +34,7 @@ from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear
 from spg.kernels.networks import Flat, Identity, Normalizer
 from spg.kernels.seeds import Seed, SeedFeature, seed_start
 from spg.kernels.stack import Stack
-from spg.limits import Count, Needs, Range, Size, check
+from spg.limits import Constant, Count, Needs, Range, Size, check
 from spg.scans import num_segments
 from spg.types import Spec
 
@@ -68,6 +68,7 @@ class PolicyConfig:
     leak: Annotated[
         float,
         Range(0, 1, open="both"),
+        Constant,
         Needs(memory="filter", filter="alf*"),
         Needs(memory=DRAWN, cell="leaky"),
     ] = 0.1

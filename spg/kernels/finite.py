@@ -19,6 +19,7 @@ from spg.distributions import Categorical
 from spg.kernels.cells import Computed, Drawn, Location
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Identity
+from spg.types import Scalar
 
 
 @runtime_checkable
@@ -99,7 +100,7 @@ def random_controller(
     num_actions: int,
     *,
     out_degree: int,
-    std: float = 0.0,
+    std: Scalar = 0.0,
     key: PRNGKeyArray,
 ) -> Kernel:
     """A controller with random successors, out of each (g, o) as many as `out_degree`.

@@ -3,16 +3,16 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
 from jaxtyping import PRNGKeyArray
 
-from spg.limits import check
+from spg import limits
 from spg.rollout import evaluation
 from spg.training import loop, options, records, terminal
 from spg.training.metrics import AVERAGE_REWARD
@@ -43,8 +43,9 @@ def in_episodes(
     seen = options.describe(config, oracle=config.memory == "oracle")
     return loop.Algorithm(
         title=f"{method}, {config.memory}: {seen}",
-        init=partial(init, config, env),
-        step=partial(step, config, env),
+        init=with_floats(init, config, env),
+        step=with_floats(step, config, env),
+        floats=floats(config, sizes["num_updates"], sizes["steps_per_update"]),
         kernel=kernel,
         evaluate=lambda state, key: evaluation(
             kernel(state), env, num_episodes=config.eval_episodes, key=key
@@ -52,6 +53,24 @@ def in_episodes(
         export=lambda learned, out: films.save_page(learned.kernel, env, out),
         **sizes,
     )
+
+
+def floats(config: Any, num_updates: int, steps_per_update: int) -> loop.Floats:
+    """The options whose values a program is not compiled for: floats, and the length of a run."""
+    found: loop.Floats = limits.floats(config)
+    if "total_steps" in vars(config):
+        # half an update more: in single precision too it is as many updates
+        found["total_steps"] = (num_updates + 0.5) * steps_per_update
+    if "num_updates" in vars(config):
+        found["num_updates"] = float(num_updates)
+    return found
+
+
+def with_floats(
+    f: Callable[..., Any], config: Any, *fixed: Any
+) -> Callable[[loop.Floats, Any], Any]:
+    """`f(config, *fixed, x)` as a function of x and of options that are put into `config`."""
+    return lambda floats, x: f(replace(config, **floats), *fixed, x)
 
 
 def of_controllers(problem: Problem, method: str, **parts: Any) -> loop.Algorithm:
@@ -81,8 +100,9 @@ def main(config_type: type[C], make: Callable[[C], loop.Algorithm], *, cores: bo
     with terminal.interruptible() as interruption:
         try:
             config = parse(config_type)
-            check(config)
+            limits.check(config)
             options.warn(config)
+            keep_programs()
             if cores:
                 use_cores(config.num_seeds)
             algorithm = make(config)
@@ -125,6 +145,28 @@ def train(make: Callable[[C], loop.Algorithm], config: C, out: Path) -> dict[str
     return loop.run(config, algorithm, out)
 
 
+def keep_programs() -> None:
+    """Keep compiled programs on disk, as `options.CACHE` tells; if it cannot be, warn and go on.
+
+    What the user has told JAX about its compilation cache holds.
+    """
+    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = jax.config.jax_compilation_cache_dir or f"{home}/spg/jax"  # type: ignore[attr-defined]
+    if "://" not in path:
+        try:
+            os.makedirs(path, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            print(f"warning: no compiled programs are kept: {error}", file=sys.stderr)
+            jax.config.update("jax_enable_compilation_cache", False)
+            return
+    jax.config.update("jax_compilation_cache_dir", path)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # JAX's default is a second
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def use_cores(num_seeds: int) -> None:
     """Make the cores of a CPU devices, over which the seeds are sharded; call before JAX starts.
 
@@ -148,6 +190,7 @@ def once(
         try:
             config = options.parse(config_type)
             options.warn(config)
+            keep_programs()
             if seeds:
                 use_cores(seeds(config))
             main(config)

@@ -16,10 +16,20 @@ def largest_divisor(n: int, limit: int) -> int:
     return max(i for i in range(1, limit + 1) if n % i == 0)
 
 
-def devices(num_seeds: int) -> list[Any]:
-    """The devices to train on, each with as many seeds; says where some stay idle."""
+def devices(num_seeds: int, points: int = 1) -> list[Any]:
+    """The devices to train on, each with as many seeds; says where some stay idle.
+
+    The seeds are those of all `points` of a grid.
+    """
     count = len(jax.devices())
     used = largest_divisor(num_seeds, count)
+    if points > 1 and used < min(num_seeds, count):
+        print(
+            f"{points} points x {num_seeds // points} seeds run on {used} of {count} devices, "
+            "each with as many seeds",
+            file=sys.stderr,
+        )
+        return jax.devices()[:used]
     if used < min(num_seeds, count):
         fits = [n for n in (num_seeds // count * count, -(-num_seeds // count) * count) if n]
         print(

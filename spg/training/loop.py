@@ -1,13 +1,15 @@
 """The one loop: seeds, devices, checkpoints, resumption, metrics, progress.
 
-An algorithm is `init(key) -> State` and `step(state) -> (State, Report)`, pure, with all its
-randomness in the state. `run` vmaps it over seeds, shards these over devices, compiles a chunk of
-updates once, and keeps a run directory: `config.json`, `metrics.csv`, `summary.json`,
+An algorithm is `init(floats, key) -> State` and `step(floats, state) -> (State, Report)`, pure,
+with all its randomness in the state; `floats` are options that are arguments of the program. `run`
+vmaps it over seeds, shards these over devices, compiles a chunk of updates once, and keeps a run
+directory: `config.json`, `metrics.csv`, `summary.json`,
 `curve.png`, `checkpoints/`, `kernels.npz`, TensorBoard events, and what else the algorithm exports.
 """
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -32,10 +34,19 @@ if TYPE_CHECKING:
     from spg.training.options import RunConfig
 
 CLOCKS = ("compile_seconds", "train_seconds", "evaluate_seconds")  # of all processes together
+ROWS = 64  # of metrics that a program has room for, or a power of two, whatever --total-steps
 SLICES = 5  # reports of progress between two checkpoints
 # for a program that runs once: compiling takes a third of the time
 ONCE = {"xla_backend_optimization_level": 0}
 ADVICE = "a smaller --learning-rate, in another --out, would be the first thing to try"
+
+
+Floats = dict[str, Any]
+"""Options of a training by their names."""
+
+
+class Diverged(RunError):
+    """No seed is left."""
 
 
 class State(NamedTuple):
@@ -60,8 +71,8 @@ class Algorithm(NamedTuple):
 
     name: str  # of the script
     title: str  # of the learning curve
-    init: Callable[[PRNGKeyArray], State]
-    step: Callable[[State], tuple[State, Report]]
+    init: Callable[[Floats, PRNGKeyArray], State]
+    step: Callable[[Floats, State], tuple[State, Report]]
     kernel: Callable[[State], Kernel]  # the policy that acts
     evaluate: Callable[[State, PRNGKeyArray], Evaluation]
     export: Callable[[PyTree, Path], None]  # writes what else the seeds' `learned`, stacked, tell
@@ -69,6 +80,7 @@ class Algorithm(NamedTuple):
     steps_per_update: int  # environment steps; 0 for exact gradients
     first_steps: int = 0  # environment steps of `init`
     measure: Measure = RETURN  # what the score is
+    floats: Floats = {}  # noqa: RUF012  options whose values no program is compiled for
     sharded: bool = True  # over the devices by seed; GMRES of lineax 0.1.1 does not run so
 
 
@@ -86,14 +98,31 @@ def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
     before that update, its cells in `metrics.csv` are empty from there on, and the summary, which
     is of the others, names it.
 
-    Raises RunError when no seed is left, when another process trains in the directory, when it
-    cannot be written, and, on resumption, if what it holds is damaged or does not fit.
+    Raises RunError when no seed is left (Diverged), when another process trains in the directory,
+    when it cannot be written, and, on resumption, if what it holds is damaged or does not fit.
     """
-    with records.locked(out):
-        return _run(config, algorithm, out)
+    summary = run_all(config, algorithm, {out: algorithm.floats})[0]
+    assert summary is not None
+    return summary
 
 
-def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
+def run_all(
+    config: "RunConfig", algorithm: Algorithm, points: dict[Path, Floats]
+) -> list[dict[str, Any] | None]:
+    """`run` in several directories, with other values of `algorithm.floats` in each: one program.
+
+    Each directory becomes what `run` would make of it, and tells an equal share of the times. Where
+    every seed diverges there is no summary, None; raises Diverged if that is so everywhere.
+    """
+    with ExitStack() as locks:
+        for out in points:
+            locks.enter_context(records.locked(out))
+        return _run(config, algorithm, points)
+
+
+def _run(
+    config: "RunConfig", algorithm: Algorithm, points: dict[Path, Floats]
+) -> list[dict[str, Any] | None]:
     # here: Orbax, TensorBoard and matplotlib take seconds to load, which --help should not
     from spg.training import summaries
     from spg.training.checkpoints import Checkpoints
@@ -101,40 +130,61 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
     from spg.training.resume import Snapshot, resume
 
     numbers = np.arange(config.seed, config.seed + config.num_seeds)
+    parts = [slice(i * len(numbers), (i + 1) * len(numbers)) for i in range(len(points))]
+    lanes = np.array(
+        [f"{out.name}: " * (len(points) > 1) + f"seed {n}" for out in points for n in numbers]
+    )
+    values = {k: [point[k] for point in points.values()] for k in algorithm.floats}
+    floats = {k: jnp.asarray(np.repeat(v, len(numbers))) for k, v in values.items()}
     marks = _marks(algorithm.num_updates, config.checkpoints * SLICES)
     at_checkpoints = set(_marks(algorithm.num_updates, config.checkpoints))
-    work = (algorithm.steps_per_update or 1) * len(numbers)  # of an update
-    roots = jax.vmap(lambda seed: jr.split(jr.key(seed)))(jnp.asarray(numbers))
-    start = lambda keys: Seeds(jax.vmap(algorithm.init)(keys), jnp.zeros(len(keys), jnp.int32))
-    like = jax.eval_shape(start, roots[:, 0])
-    names = _names(algorithm.measure, jax.eval_shape(jax.vmap(algorithm.step), like.state)[1])
-    table = Table(
-        out / "metrics.csv", seeds=numbers, first_steps=algorithm.first_steps,
-        steps_per_update=algorithm.steps_per_update, metrics=names, measure=algorithm.measure,
-    )  # fmt: skip
-    checkpoints = Checkpoints(out / "checkpoints")
+    work = (algorithm.steps_per_update or 1) * len(lanes)  # of an update
+    split = jax.vmap(lambda seed: jr.split(jr.key(seed)))
+    roots = split(jnp.asarray(np.tile(numbers, len(points))))
+    # jitted, they are traced once for all programs that call them
+    algorithm = algorithm._replace(init=jax.jit(algorithm.init), step=jax.jit(algorithm.step))
+
+    @partial(jax.jit, compiler_options=ONCE)
+    def start(floats, keys):
+        return Seeds(jax.vmap(algorithm.init)(floats, keys), jnp.zeros(len(keys), jnp.int32))
+
+    one = _part((floats, roots[:, 0]), 0, len(points))
+    like = jax.eval_shape(start, *one)
+    report = jax.eval_shape(jax.vmap(algorithm.step), one[0], like.state)[1]
+    names = _names(algorithm.measure, report)
+    tables = [
+        Table(
+            out / "metrics.csv", seeds=numbers, first_steps=algorithm.first_steps,
+            steps_per_update=algorithm.steps_per_update, metrics=names, measure=algorithm.measure,
+        )
+        for out in points
+    ]  # fmt: skip
+    stores = [Checkpoints(out / "checkpoints") for out in points]
     update, seeds = 0, None
     clock: dict[str, float] = dict.fromkeys(CLOCKS, 0.0)
     if config.resume:
-        update, seeds, clock = resume(checkpoints, table, Snapshot.of(like, clock, EMPTY))
+        update, found, clock = resume(stores, tables, Snapshot.of(like, clock, EMPTY))
+        seeds = jax.tree.map(lambda *x: x[0] if len(x) == 1 else jnp.concatenate(x), *found)
     else:
-        table.start()
+        for table in tables:
+            table.start()
 
-    shared = devices(len(numbers)) if algorithm.sharded else jax.devices()[:1]
+    shared = devices(len(lanes), len(points)) if algorithm.sharded else jax.devices()[:1]
     unit = "step" if algorithm.steps_per_update else "update"
     progress = Progress(algorithm.name, total=algorithm.num_updates * work, unit=unit)
-    events = Events(out, first=update + 1, say=progress.say)
+    events = [Events(out, first=update + 1, say=progress.say) for out in points]
     try:
         began = time.perf_counter()
         # `start` on one device: it runs once, and is compiled once
-        seeds = jax.jit(start, compiler_options=ONCE)(roots[:, 0]) if seeds is None else seeds
-        seeds, eval_roots = program(shared, lambda *x: x)(seeds, roots[:, 1])
+        seeds = seeds or start(floats, roots[:, 0])
+        seeds, floats, eval_roots = program(shared, lambda *x: x)(seeds, floats, roots[:, 1])
         ahead = [*pairwise(m for m in marks if m >= update)]
         if ahead:
-            size = max(end - begin for begin, end in pairwise(marks))
-            specs, chunk = (SPLIT, WHOLE, WHOLE), partial(_updates, algorithm, size, names)
+            longest = max(end - begin for begin, end in pairwise(marks))
+            size = max(ROWS, 1 << (longest - 1).bit_length())
+            specs, chunk = (SPLIT, SPLIT, WHOLE, WHOLE), partial(_updates, algorithm, size, names)
             train = program(shared, chunk, specs, donate_argnums=0)
-            train = train.lower(seeds, jnp.int32(0), jnp.int32(0)).compile()
+            train = train.lower(seeds, floats, jnp.int32(0), jnp.int32(0)).compile()
             evaluate = program(shared, jax.vmap(algorithm.evaluate))
             evaluate = evaluate.lower(seeds.state, eval_roots).compile()
         clock["compile_seconds"] += time.perf_counter() - began
@@ -143,7 +193,7 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
         progress.start(update * work)
         for begin, end in ahead:
             began = time.perf_counter()
-            seeds, metrics = train(seeds, jnp.int32(begin), jnp.int32(end - begin))
+            seeds, metrics = train(seeds, floats, jnp.int32(begin), jnp.int32(end - begin))
             metrics = {k: np.asarray(metrics[k])[:, : end - begin] for k in names}
             clock["train_seconds"] += time.perf_counter() - began
             before, diverged = diverged, np.asarray(seeds.diverged)
@@ -154,36 +204,50 @@ def _run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]
                 scores = tuple(np.asarray(x) for x in evaluate(seeds.state, eval_keys))
                 scores = tuple(np.where(diverged == 0, x, np.nan) for x in scores)
                 clock["evaluate_seconds"] += time.perf_counter() - began
-            table.append(end, metrics, scores)
-            means = _means(metrics | dict(zip(algorithm.measure.evaluated, scores, strict=False)))
-            events.add(end, means)
+            evaluated = dict(zip(algorithm.measure.evaluated, scores, strict=False))
+            for part, table, log in zip(parts, tables, events, strict=True):
+                own = {k: x[part] for k, x in metrics.items()}
+                table.append(end, own, tuple(x[part] for x in scores))
+                log.add(end, _means(own | {k: x[part] for k, x in evaluated.items()}))
             if diverged.all():
-                raise RunError(f"every seed diverged: {_named(numbers, diverged)}; {ADVICE}")
+                raise Diverged(f"every seed diverged: {_named(lanes, diverged)}; {ADVICE}")
             if (new := diverged != before).any():
-                progress.say(f"diverged: {_named(numbers[new], diverged[new])}; {ADVICE}")
+                progress.say(f"diverged: {_named(lanes[new], diverged[new])}; {ADVICE}")
             if end in at_checkpoints:
-                checkpoints.save(end, Snapshot.of(seeds, clock, table.mark))
-                with writing(out / "kernels.npz"):
-                    policies.save(out, jax.vmap(algorithm.kernel)(seeds.state))
-            score = means.get(algorithm.measure.name)
+                for i, (out, store) in enumerate(zip(points, stores, strict=True)):
+                    own = _part(seeds, i, len(points))
+                    store.save(end, Snapshot.of(own, clock, tables[i].mark))
+                    with writing(out / "kernels.npz"):
+                        policies.save(out, jax.vmap(algorithm.kernel)(own.state))
+            score = _means(metrics).get(algorithm.measure.name)
             note = "" if score is None else f"{algorithm.measure.label} {score:.4g}"
             progress.advance((end - begin) * work, note)
     finally:
         progress.close()
-        events.close()
-    finished = np.flatnonzero(diverged == 0)
-    with writing(out):
-        algorithm.export(jax.tree.map(lambda x: x[finished], seeds.state.learned), out)
-        return summaries.summarise(
-            out,
-            title=algorithm.title,
-            seeds=numbers[finished].tolist(),
-            diverged={int(numbers[i]): int(diverged[i]) for i in np.flatnonzero(diverged)},
-            clock=clock,
-            env_steps=algorithm.first_steps + algorithm.num_updates * algorithm.steps_per_update,
-            first_steps=algorithm.first_steps,
-            facts={"devices": [d.device_kind for d in shared], "jax": jax.__version__},
-        )
+        for log in events:
+            log.close()
+    found = []
+    for i, (out, part) in enumerate(zip(points, parts, strict=True)):
+        finished = np.flatnonzero(diverged[part] == 0)
+        if not len(finished):
+            found.append(None)
+            continue
+        learned = _part(seeds, i, len(points)).state.learned
+        with writing(out):
+            algorithm.export(jax.tree.map(lambda x, rows=finished: x[rows], learned), out)
+            summary = summaries.summarise(
+                out,
+                title=algorithm.title,
+                seeds=numbers[finished].tolist(),
+                diverged={int(numbers[j]): int(x) for j, x in enumerate(diverged[part]) if x},
+                clock={k: x / len(points) for k, x in clock.items()},
+                env_steps=algorithm.first_steps
+                + algorithm.num_updates * algorithm.steps_per_update,
+                first_steps=algorithm.first_steps,
+                facts={"devices": [d.device_kind for d in shared], "jax": jax.__version__},
+            )
+        found.append(summary)
+    return found
 
 
 def _marks(num_updates: int, count: int) -> list[int]:
@@ -193,12 +257,18 @@ def _marks(num_updates: int, count: int) -> list[int]:
 
 
 def _updates(
-    algorithm: Algorithm, size: int, names: list[str], seeds: Seeds, begin: Array, count: Array
+    algorithm: Algorithm,
+    size: int,
+    names: list[str],
+    seeds: Seeds,
+    floats: Floats,
+    begin: Array,
+    count: Array,
 ) -> tuple[Seeds, dict[str, Array]]:
     """`count` <= `size` updates of every seed after the first `begin`, and their columns."""
 
-    def step(number, seed):
-        state, report = jax.tree.map(jnp.asarray, algorithm.step(seed.state))
+    def step(number, seed, floats):
+        state, report = algorithm.step(floats, seed.state)
         columns = _columns(algorithm.measure, report)
         facts = [*jax.tree.leaves((state.learned, report.metrics)), report.weight]
         facts += [jnp.where(report.weight > 0, report.score, 0.0)]
@@ -211,7 +281,7 @@ def _updates(
 
     def body(i, carry):
         seeds, buffer = carry
-        seeds, columns = jax.vmap(partial(step, begin + i + 1))(seeds)
+        seeds, columns = jax.vmap(partial(step, begin + i + 1))(seeds, floats)
         return seeds, {k: buffer[k].at[:, i].set(columns[k]) for k in names}
 
     buffer = {k: jnp.zeros((len(seeds.diverged), size)) for k in names}
@@ -243,6 +313,18 @@ def _means(columns: dict[str, np.ndarray]) -> dict[str, float]:
     return {k: float(np.nanmean(x)) for k, x in columns.items() if not np.isnan(x).all()}
 
 
-def _named(numbers: np.ndarray, diverged: np.ndarray) -> str:
+def _named(lanes: np.ndarray, diverged: np.ndarray) -> str:
     """Seeds, and the updates in which something of theirs was not finite."""
-    return ", ".join(f"seed {n} at update {u}" for n, u in zip(numbers, diverged, strict=True))
+    return ", ".join(f"{n} at update {u}" for n, u in zip(lanes, diverged, strict=True))
+
+
+@partial(jax.jit, static_argnums=2)
+def _slice(tree: PyTree, index: int | Array, count: int) -> PyTree:
+    """One of `count` equal parts of a tree's leaves."""
+    size = lambda x: len(x) // count
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, index * size(x), size(x)), tree)
+
+
+def _part(tree: PyTree, index: int, count: int) -> PyTree:
+    """The same; all of it, untouched, where that is the only one."""
+    return tree if count == 1 else _slice(tree, index, count)

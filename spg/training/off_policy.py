@@ -20,6 +20,7 @@ from spg.kernels.factory import DRAWN, PolicyConfig
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Flat, Unseen
 from spg.limits import (
+    Constant,
     Count,
     Fraction,
     Needs,
@@ -62,7 +63,7 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     takes up what is new (s2pg); it is learned"""
     k: Annotated[int, Suppress] = 8  # of memories that are not for off-policy learning
     filter: Annotated[str, Suppress] = "belief"
-    leak: Annotated[float, Suppress] = 0.1
+    leak: Annotated[float, Suppress, Constant] = 0.1
     hidden: tuple[Size, ...] = (64, 64)
     """widths of the hidden layers of policy head and critics"""
     total_steps: Total = 600_000
@@ -71,7 +72,7 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     """environments side by side"""
     num_steps: Count = 4
     """steps of each environment between updates"""
-    updates_per_step: Annotated[float, Range(0, 1000, open="low")] = 8.0
+    updates_per_step: Annotated[float, Range(0, 1000, open="low"), Constant] = 8.0
     """gradient steps for a step of all environments"""
     batch_size: Count = 256
     """steps whose losses make a gradient"""

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -89,10 +89,16 @@ GROUPS = {
     "EnvConfig": "environment",
     "ProblemConfig": "problem",
     "PolicyConfig": "policy",
+    "Grid": "grid",
     "Config": "training",
     "RunConfig": "run",
 }
 """The headings of a help page, by the class that declares the options."""
+CACHE = """
+Compiled programs are kept in ~/.cache/spg/jax, where the next start of the same program finds them.
+JAX_COMPILATION_CACHE_DIR names another directory; JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+"""
+"""The end of a help page's description."""
 
 
 def parse(
@@ -114,7 +120,7 @@ def parse(
     omit = (tyro.conf.OmitArgPrefixes,)
     if len(parts) == 1:
         (page,), omit = parts.values(), ()
-    text = _wrapped(sys.modules[config_type.__module__].__doc__ or "")
+    text = _wrapped((sys.modules[config_type.__module__].__doc__ or "") + CACHE)
     parsed = tyro.cli(page, args=args, registry=NUMBERS, description=text, config=omit)
     said: dict[str, Any] = {}
     for title, names in groups.items():
@@ -122,6 +128,28 @@ def parse(
         said |= {name: vars(part)[name] for name in names}
     unsaid = {k: v for k, v in values.items() if isinstance(v, dict) and not said[k]}
     return config_type(**said | unsaid)
+
+
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def words(config: Any, *, said: Collection[str] = ()) -> list[str]:
+    """The command line that `parse` reads as `config`; defaults are left out, but for `said`."""
+    found: list[str] = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        if value == default and f.name not in said:
+            continue
+        if isinstance(value, bool):
+            found.append(flag(f.name if value else f"no_{f.name}"))
+        elif isinstance(value, dict):
+            found += [flag(f.name), *(str(x) for pair in value.items() for x in pair)]
+        else:
+            found += [flag(f.name), *map(str, value if isinstance(value, tuple) else (value,))]
+    return found
 
 
 def warn(config: Any) -> None:
@@ -162,11 +190,12 @@ NUMBERS = ConstructorRegistry()
 """How tyro reads numbers: see `parse`."""
 
 
-def _integer(words: list[str]) -> Any:
+def integer(word: str) -> int | float:
+    """A number as typed on the command line: whole ones as integers, also if written 1e6."""
     try:
-        return int(words[0])
+        return int(word)
     except ValueError:
-        value = float(words[0])
+        value = float(word)
         return int(value) if value.is_integer() else value
 
 
@@ -176,7 +205,7 @@ def _whole(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     if info.type is not int:
         return None
     return PrimitiveConstructorSpec(
-        nargs=1, metavar="INT", instance_from_str=_integer,
+        nargs=1, metavar="INT", instance_from_str=lambda words: integer(words[0]),
         is_instance=lambda x: isinstance(x, int), str_from_instance=lambda x: [str(x)],
     )  # fmt: skip
 

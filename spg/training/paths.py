@@ -51,9 +51,9 @@ def save(kernel: Kernel, env: Env, own: Any, path: Path, *, key: PRNGKeyArray) -
     """Draw some episodes of the sampled policy; `own` is the environment behind the adapter."""
     count, draw = PATHS[own.name]
     num_steps = int(min(env.params.max_steps_in_episode, LONGEST))
-    one = lambda key: watch(kernel, env, num_steps=num_steps, noise=True, key=key)
-    play = jax.jit(jax.vmap(one))
-    states, steps = jax.device_get(play(jr.split(key, count)))
+    one = lambda kernel, key: watch(kernel, env, num_steps=num_steps, noise=True, key=key)
+    play = jax.jit(jax.vmap(one, (None, 0)))
+    states, steps = jax.device_get(play(kernel, jr.split(key, count)))
     states = states if own is env.environment else states.env
     ends = steps.terminated | steps.truncated
     last = np.where(ends.any(1), ends.argmax(1), num_steps - 1)

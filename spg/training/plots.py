@@ -112,9 +112,14 @@ def learning_curve(path: Path, curves: list[Curve], *, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def final_returns(path: Path, finals: list[Final], *, measure: str, title: str) -> None:
-    """Draw what each of many methods reaches, a point and an interval, with the best on top."""
-    order = sorted(finals, key=lambda final: final.iqm)
+def final_returns(
+    path: Path, finals: list[Final], *, measure: str, title: str, by_rank: bool = True
+) -> None:
+    """Draw what each of many methods reaches, a point and an interval, with the best on top.
+
+    Not `by_rank`, they are in their own order, from below.
+    """
+    order = sorted(finals, key=lambda final: final.iqm) if by_rank else finals
     figure = Figure(figsize=(6.4, 1.2 + 0.24 * len(order)), layout="constrained")
     axes = figure.subplots()
     for i, final in enumerate(order):
@@ -126,6 +131,32 @@ def final_returns(path: Path, finals: list[Final], *, measure: str, title: str) 
     axes.set(xlabel=measure, title=title)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def heat_map(
+    path: Path,
+    values: Float[np.ndarray, "rows columns"],
+    rows: tuple[str, list[str]],
+    columns: tuple[str, list[str]],
+    *,
+    measure: str,
+    title: str,
+) -> None:
+    """Draw a table of numbers, where nan stays empty; `rows` and `columns` are names and labels."""
+    size = 2.4 + 0.8 * values.shape[1], 1.6 + 0.5 * values.shape[0]
+    figure = Figure(figsize=(max(4.8, size[0]), max(3.2, size[1])), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, aspect="auto", cmap="viridis")
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2 if np.isfinite(values).any() else 0.0
+    for (i, j), value in np.ndenumerate(values):
+        color = "black" if value > middle else "white"
+        if np.isfinite(value):
+            axes.text(j, i, f"{value:.4g}", ha="center", va="center", color=color)
+    axes.set_xticks(range(len(columns[1])), columns[1])
+    axes.set_yticks(range(len(rows[1])), rows[1])
+    axes.set(xlabel=columns[0], ylabel=rows[0], title=title)
+    figure.colorbar(image, label=measure)
     figure.savefig(path, dpi=120)
 
 

@@ -1,6 +1,7 @@
 """What a checkpoint holds, and the search for one from which a run can go on."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,30 +24,37 @@ class Snapshot(NamedTuple):
 
 
 def resume(
-    checkpoints: Checkpoints, table: Table, like: Snapshot
-) -> tuple[int, Any, dict[str, float]]:
-    """The updates done, the seeds and the clock, of the last checkpoint that can be gone on from.
+    stores: Sequence[Checkpoints], tables: Sequence[Table], like: Snapshot
+) -> tuple[int, list[Any], dict[str, float]]:
+    """The updates done, the seeds of each run and the clock, of the last checkpoint to go on from.
 
-    That is one whose files are whole, and whose rows of `metrics.csv` are as they were written.
+    That is one that all of these runs have, whose files are whole, and whose rows of `metrics.csv`
+    are as they were written.
     """
-    checkpoints.clean()
     worse = []
-    for update in checkpoints.updates():
-        if not checkpoints.is_whole(update):
+    for store in stores:
+        store.clean()
+    for update in sorted(set.intersection(*(set(x.updates()) for x in stores)), reverse=True):
+        if not all(store.is_whole(update) for store in stores):
             worse.append(f"checkpoint {update} is damaged")
             continue
-        saved = checkpoints.restore(update, like)
-        if not table.holds(saved.mark):
+        saved = [store.restore(update, like) for store in stores]
+        if not all(table.holds(x.mark) for table, x in zip(tables, saved, strict=True)):
             worse.append(f"metrics.csv is damaged before update {update}")
             continue
         if worse:
             print(f"{', '.join(worse)}; going on from update {update}", file=sys.stderr)
-        for later in [x for x in checkpoints.updates() if x > update]:
-            checkpoints.discard(later)
-        table.cut(saved.mark)
-        return update, saved.seeds, {k: float(v) for k, v in saved.clock.items()}
+        for store, table, x in zip(stores, tables, saved, strict=True):
+            for later in [x for x in store.updates() if x > update]:
+                store.discard(later)
+            table.cut(x.mark)
+        clock = {k: float(v) for k, v in saved[0].clock.items()}
+        return update, [x.seeds for x in saved], clock
     if worse:
         raise RunError(f"--resume: {', '.join(worse)}; another --out starts afresh")
     print("there is no checkpoint yet; starting from update 0", file=sys.stderr)
-    table.start()
-    return 0, None, {k: float(v) for k, v in like.clock.items()}
+    for store, table in zip(stores, tables, strict=True):
+        for early in store.updates():  # of some runs only
+            store.discard(early)
+        table.start()
+    return 0, [None] * len(stores), {k: float(v) for k, v in like.clock.items()}
