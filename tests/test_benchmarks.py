@@ -113,7 +113,7 @@ def test_controllers_are_trained_as_their_command_says(name):
     num_seeds, methods = controllers.task(name)
     assert num_seeds > 0
     for config in methods.values():
-        assert options.parse(type(config), controllers.words(config)) == config
+        assert options.parse(type(config), options.words(config)) == config
 
 
 @pytest.mark.slow

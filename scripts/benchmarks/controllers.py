@@ -20,7 +20,7 @@ import gamp
 import gpomdp
 
 from spg.limits import Range, Seed, check
-from spg.training import cli, plots, records, summaries, tables
+from spg.training import cli, options, plots, records, summaries, tables
 
 Task = Literal["loadunload", "heavenhell", "pentagon", "factory"]
 
@@ -76,12 +76,6 @@ def task(name: Task) -> tuple[int, dict[str, gamp.Config | gpomdp.Config]]:
     }
 
 
-def words(config: gamp.Config | gpomdp.Config) -> list[str]:
-    """The configuration as a command line."""
-    options = {k: v for k, v in vars(config).items() if v != vars(type(config)())[k]}
-    return [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", str(v))]
-
-
 def train(config: gamp.Config | gpomdp.Config, out: Path) -> dict[str, Any]:
     """The summary of a run by the script itself, in a process of its own, unless it is there."""
     script = gamp if isinstance(config, gamp.Config) else gpomdp
@@ -92,7 +86,8 @@ def train(config: gamp.Config | gpomdp.Config, out: Path) -> dict[str, Any]:
             raise ValueError(f"{out} was run with another {', '.join(differ)}; --out elsewhere")
     resume = ["--resume"] if (out / "config.json").exists() else []
     if not (out / "summary.json").exists():
-        command = [sys.executable, str(script.__file__), *words(config), "--out", str(out), *resume]
+        told = [*options.words(config), "--out", str(out), *resume]
+        command = [sys.executable, str(script.__file__), *told]
         print(" ".join(command), file=sys.stderr)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return summaries.read_summary(out)

@@ -10,7 +10,6 @@ changes, shows how much that is. Each training is a run of its own under --out; 
 is not run again, one that was cut short is resumed.
 """
 
-import csv
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(1, str(Path(__file__).parents[2]))
 
 import sac
 
+from scripts.benchmarks import timing
 from spg.limits import Count, Positive, Seed, Total, check
 from spg.training import cli, metrics, tables
 
@@ -121,10 +122,7 @@ def main(config: Config) -> list[dict[str, Any]]:
             }
         )
     picture(out / "staleness.png", steps, stale, final)
-    with (out / "staleness.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    timing.write(out / "staleness.csv", rows)
     print("", tables.table(rows), sep="\n")
     return rows
 
