@@ -1,11 +1,12 @@
-"""The benchmark of POPGym's tasks times the original beside ours, and overwrites nothing."""
+"""POPGym's benchmarks: the original is timed beside ours; the table takes the best epochs."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
 
-from scripts.benchmarks import popgym_speed
+from scripts.benchmarks import popgym, popgym_speed
 from spg.training.records import RunError
 
 
@@ -44,3 +45,47 @@ def test_ratios_are_taken_within_repeats(tmp_path):
 def test_a_task_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown task 'HigherEasy'; choose from RepeatFirst"):
         popgym_speed.main(config(tmp_path, tasks=("Higher",)))
+
+
+def metrics_of(directory, returns, episodes):
+    """`metrics.csv` of two seeds, with a row for every 8,192 steps after as many first ones."""
+    directory.mkdir()
+    lines = ["update,seed,env_steps,return,episodes"]
+    for update, cells in enumerate(zip(*returns, *episodes, strict=True), 1):
+        for seed in range(2):
+            score = "" if cells[2 + seed] == 0 else cells[seed]
+            lines.append(f"{update},{seed},{8192 * (update + 1)},{score},{cells[2 + seed]}")
+    (directory / "metrics.csv").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def test_the_score_is_the_best_epoch_of_65_536_steps(tmp_path):
+    first = [0.1] * 6 + [0.9] + [0.4] * 8 + [0.8]  # epochs of 7, 8 and 1 updates
+    second = [0.5] * 7 + [-0.5] * 9
+    episodes = [[3] * 6 + [6] + [1] * 9, [1] * 7 + [0] * 9]
+    run = metrics_of(tmp_path / "run", [first, second], episodes)
+    assert popgym.mmer(run) == pytest.approx([0.8, 0.5])
+    run = metrics_of(tmp_path / "cut", [first[:15], second[:15]], [x[:15] for x in episodes])
+    assert popgym.mmer(run) == pytest.approx([0.4, 0.5])  # the first epoch has .3
+
+
+@pytest.mark.slow
+def test_the_table_is_of_runs_that_are_not_trained_again(tmp_path, capsys, monkeypatch):
+    small = dataclasses.replace(popgym.ppo.Config(), num_envs=8, num_steps=64, num_minibatches=2)
+    monkeypatch.setattr(popgym.ppo, "Config", lambda: small)
+    words = {"tasks": ("HigherLowerEasy",), "methods": ("S2PG", "none"), "num_seeds": 1}
+    config = popgym.Config(**words, total_steps=2048, out=str(tmp_path / "run"))
+    rows = popgym.main(config)
+    assert [row["method"] for row in rows] == ["S2PG", "none"]
+    assert all(-1 < row["mmer"] < 1 for row in rows)
+    shown = capsys.readouterr().out
+    monkeypatch.setattr(popgym.cli.loop, "run", None)
+    assert popgym.main(config) == rows
+    assert capsys.readouterr().out == shown
+    assert (tmp_path / "run" / "popgym.png").exists()
+
+
+@pytest.mark.parametrize("words", [{"tasks": ("HigherLower",)}, {"methods": ("oracle",)}])
+def test_names_that_are_not_there_are_refused(tmp_path, words):
+    with pytest.raises(ValueError, match=r"unknown (task|method) '.*; choose from (S2PG|RepeatF)"):
+        popgym.main(popgym.Config(out=str(tmp_path), **words))
