@@ -27,22 +27,23 @@ import ppo
 
 from scripts.benchmarks import timing
 from scripts.benchmarks.curves import METHODS
-from spg.envs.popgym import TASKS
 from spg.limits import Count, Seed, Total, check
 from spg.training import cli, metrics, records, tables
 
 EPOCH = 65_536  # steps of a batch of the paper's
-SHORT = "RepeatPrevious", "CountRecall", "Autoencode", "PositionOnlyCartPole"
+EASY = (
+    "RepeatFirst", "RepeatPrevious", "CountRecall", "Autoencode", "Concentration", "HigherLower",
+    "Battleship", "MineSweeper", "MultiarmedBandit", "PositionOnlyCartPole",
+    "NoisyPositionOnlyCartPole", "PositionOnlyPendulum", "NoisyPositionOnlyPendulum",
+)  # fmt: skip
+MEDIUM = "RepeatPrevious", "CountRecall", "Autoencode", "PositionOnlyCartPole"
 
 
 @dataclass(frozen=True)
 class Config:
     """The comparison, e.g. --tasks HigherLowerHard --num-seeds 8"""
 
-    tasks: tuple[str, ...] = (
-        *(n.removeprefix("popgym/") for n in TASKS if n.endswith("Easy") and "Labyrinth" not in n),
-        *(f"{name}Medium" for name in SHORT),
-    )
+    tasks: tuple[str, ...] = (*(f"{n}Easy" for n in EASY), *(f"{n}Medium" for n in MEDIUM))
     """by name and size"""
     methods: tuple[str, ...] = ("S2PG", "BPTT", "none")
     """kinds of memory; BPTT GRU and more of curves.py are there, too"""
@@ -99,6 +100,8 @@ def picture(path: Path, rows: list[dict[str, Any]], methods: tuple[str, ...]) ->
 
 
 def main(config: Config) -> list[dict[str, Any]]:
+    from spg.envs.popgym import TASKS  # here: Gymnax computes when it is imported, on all devices
+
     check(config)
     for kind, words, known in (
         ("task", config.tasks, [name.removeprefix("popgym/") for name in TASKS]),
