@@ -37,7 +37,7 @@ from spg.kernels.kernel import Kernel
 from spg.kernels.networks import trainable
 from spg.limits import Count, Fraction, Needs, Range, Total, check
 from spg.rollout import reset, rollout
-from spg.scans import divisors, shuffle, split_segments
+from spg.scans import divisors, over_steps, shuffle, split_segments
 from spg.training import cli, loop, options
 from spg.training.loop import Report, State
 from spg.types import Env, Transition, critic_view, policy_view
@@ -206,7 +206,7 @@ def gradient_step(
             surrogate = jax.vmap(one)(segments, new, old)
         else:
             surrogate = ppo_surrogate(new, old, advantage, clip=config.clip)
-        value = jax.vmap(jax.vmap(agent.critic))(segments.obs, segments.z)
+        value = jax.vmap(over_steps(agent.critic))(segments.obs, segments.z)
         value_loss = 0.5 * jnp.mean(((value - target) / agent.critic.scale) ** 2)
         policy_loss = -jnp.mean(surrogate.objective)
         entropy = jnp.mean(new.entropy)

@@ -86,6 +86,21 @@ def linear_scan(
     return lax.custom_linear_solve(residual, tie((u, init)), solve, transpose_solve)[0]
 
 
+def over_steps(f: Callable) -> Callable:
+    """`jax.vmap(f)` over the leading axis of all arguments, the steps of a segment.
+
+    A single step is taken without its axis: under the `vmap` of a caller, XLA would make sums of
+    products, several times slower, of a matrix product in which one axis has length 1.
+    """
+
+    def mapped(*args: PyTree) -> PyTree:
+        if any(x.shape[0] != 1 for x in jax.tree.leaves(args)):
+            return jax.vmap(f)(*args)
+        return jax.tree.map(lambda x: x[None], f(*jax.tree.map(lambda x: x[0], args)))
+
+    return mapped
+
+
 def split_segments(tree: PyTree, segment_length: int) -> PyTree:
     """Cut the time axis of every leaf, `[T, ...] -> [T / L, L, ...]`.
 

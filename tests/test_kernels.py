@@ -311,3 +311,27 @@ def test_policy_and_critic_see_their_own_part_of_an_observation():
     value = eqx.filter_jit(critic)
     assert value(obs, z) == value(obs.critic, z)
     assert value(obs, z) != value(obs._replace(critic=jnp.zeros(3)), z)
+
+
+def products(jaxpr):
+    """The shapes of what is multiplied, in all matrix products of a program."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield from (x.aval.shape for x in eqn.invars)
+        for inner in jax.core.jaxprs_in_params(eqn.params):
+            yield from products(inner)
+
+
+@pytest.mark.parametrize("name", ["gru", "linear"])
+def test_many_single_steps_are_scored_by_products_of_matrices(name):
+    """`[N, 1, n] @ [n, m]` would become a sum of products, which is several times slower."""
+    kernel = make_kernel(name, jr.key(0), state_std=0.3)
+    traj = make_trajectory(kernel, jr.key(1))
+    steps = jax.tree.map(lambda x: x[:, None], traj)
+
+    def total(kernel):
+        return jax.vmap(kernel.log_prob)(steps).joint.sum()
+
+    shapes = list(products(jax.make_jaxpr(eqx.filter_grad(total))(kernel).jaxpr))
+    assert shapes
+    assert all(len(shape) == 2 for shape in shapes)

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.test_util import check_grads
 
-from spg.scans import Method, linear_scan, shuffle, split_segments
+from spg.scans import Method, linear_scan, over_steps, shuffle, split_segments
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -176,6 +176,15 @@ def test_segments_are_consecutive(segment_length):
 def test_segments_that_do_not_divide_are_refused_with_what_would(segment_length):
     with pytest.raises(ValueError, match="does not divide num_steps 6; 1, 2, 3, 6 would"):
         split_segments(jnp.arange(6), segment_length)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_over_steps_is_vmap(num_steps):
+    f = lambda x, tree: {"sum": x @ tree[0] + tree[1], "first": x[0]}
+    x, b = jnp.arange(4.0 * num_steps).reshape(num_steps, 4), jnp.arange(float(num_steps))
+    weight = jr.normal(jr.key(0), (num_steps, 4, 2))
+    found, expected = (m(f)(x, (weight, b)) for m in (over_steps, jax.vmap))
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
 
 
 def test_shuffle_is_a_permutation_and_every_order_is_as_likely():

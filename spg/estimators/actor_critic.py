@@ -17,6 +17,7 @@ from spg.distributions import Normal
 from spg.kernels.cells import Key
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import trainable
+from spg.scans import over_steps
 from spg.types import Scalar, Transition, policy_view
 
 Q = Callable[[PyTree, Array, PyTree], Float[Array, " n"]]
@@ -45,7 +46,7 @@ def choose(kernel: Kernel, q: Q, segment: Transition, *, last: bool = False, key
     if last:
         segment, roll = jax.tree.map(lambda x: x[-1:], (segment, roll))
     action, log_prob = kernel.act(segment, roll.z_next, key=action_key)
-    q_value = jax.vmap(q)(segment.obs, action, roll.chosen)
+    q_value = over_steps(q)(segment.obs, action, roll.chosen)
     return Choice(q_value, action, roll.z_next, log_prob, roll.log_prob)
 
 

@@ -11,6 +11,7 @@ from spg.distributions import Distribution, Normal
 from spg.estimators.surrogate import Surrogate, pessimistic, ppo_surrogate
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Flat
+from spg.scans import over_steps
 from spg.types import LogProb, Scalar, Transition
 
 
@@ -64,8 +65,8 @@ def mixed_surrogate(
     state = kernel.state_distribution(steps)
     if not isinstance(state, Normal) or not isinstance(old.state, Normal):
         raise TypeError(f"only a Normal z' can follow V; the cell draws {type(state).__name__}")
-    z = jax.vmap(Normal.follow)(state, steps.z_next, old.state)
-    flat, std = jax.vmap(Flat()), old.state.std
+    z = over_steps(Normal.follow)(state, steps.z_next, old.state)
+    flat, std = over_steps(Flat()), old.state.std
     moved, slope = flat((z - steps.z_next) / std), flat(old.slope * std)
     path = jnp.minimum(slope * moved, slope * jnp.clip(moved, -clip, clip)).sum(-1)
     at_once = kernel.log_prob_action(steps, z) - old.log_prob.action

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Inexact, PRNGKeyArray, PyTree
 
 from spg.distributions import Delta, Distribution, Normal, std_from_log
 from spg.limits import Range
+from spg.scans import over_steps
 
 INSIDE = Range(0, 1, open="both")  # where decays are
 Key = PRNGKeyArray | None  # None: modes in place of draws
@@ -183,7 +184,7 @@ class Drawn(eqx.Module):
         self, obs: Array, z: PyTree, z_next: PyTree, first: Bool[Array, " L"], z0: PyTree
     ) -> tuple[Float[Array, " L"], PyTree]:
         one = lambda obs, z, z_next: self.distribution(obs, z).log_prob(z_next)
-        return jax.vmap(one)(obs, z, z_next), z_next
+        return over_steps(one)(obs, z, z_next), z_next
 
     def roll(
         self, obs: Array, z: PyTree, first: Bool[Array, " L"], z0: PyTree, *, key: Key
@@ -201,7 +202,7 @@ class Drawn(eqx.Module):
             z = _opened(first, jax.tree.map(lambda x: x[None], z), z0)
         else:
             z = lax.scan(step, z, (obs, first, keys))[1]
-        z_next, log_prob = jax.vmap(lambda o, z, k: draw(self(o, z), k))(obs, z, keys)
+        z_next, log_prob = over_steps(lambda o, z, k: draw(self(o, z), k))(obs, z, keys)
         return Roll(z, z_next, z_next, log_prob)
 
 

@@ -13,6 +13,7 @@ from spg.distributions import Distribution
 from spg.kernels.cells import Cell, Key, Roll, draw
 from spg.kernels.heads import Head
 from spg.kernels.networks import FIXED, Flat, Identity, Normalizer
+from spg.scans import over_steps
 from spg.types import LogProb, Transition, policy_view
 
 
@@ -75,9 +76,12 @@ class Kernel(eqx.Module):
         log_prob_z, z_next = self.cell.log_prob(
             obs, segment.z, segment.z_next, segment.first, lax.stop_gradient(self.z0)
         )
-        actions = jax.vmap(self.head)(obs, z_next)
-        log_prob_action = jax.vmap(lambda actions, a: actions.log_prob(a))(actions, segment.action)
-        entropy = jax.vmap(lambda actions: actions.entropy())(actions)
+
+        def one(obs, z_next, action):
+            actions = self.head(obs, z_next)
+            return actions.log_prob(action), actions.entropy()
+
+        log_prob_action, entropy = over_steps(one)(obs, z_next, segment.action)
         return LogProb(log_prob_z, log_prob_action, entropy)
 
     def roll(self, segment: Transition, *, key: Key) -> Roll:
@@ -101,16 +105,16 @@ class Kernel(eqx.Module):
         def one(obs, z_next, key):
             return draw(self.head(obs, z_next), key)
 
-        return jax.vmap(one)(self._seen(segment), z_next, keys)
+        return over_steps(one)(self._seen(segment), z_next, keys)
 
     def state_distribution(self, segment: Transition) -> Distribution:
         """ω( . | o, z) of each recorded step, time first."""
-        return jax.vmap(self.cell)(self._seen(segment), segment.z)
+        return over_steps(self.cell)(self._seen(segment), segment.z)
 
     def log_prob_action(self, segment: Transition, z_next: PyTree) -> Float[Array, " T"]:
         """log μ(a | o, z') of each recorded action, had z' been `z_next` (time first)."""
         one = lambda obs, z_next, action: self.head(obs, z_next).log_prob(action)
-        return jax.vmap(one)(self._seen(segment), z_next, segment.action)
+        return over_steps(one)(self._seen(segment), z_next, segment.action)
 
     def _seen(self, segment: Transition) -> Array:
-        return jax.vmap(self.normalizer)(policy_view(segment.obs))
+        return over_steps(self.normalizer)(policy_view(segment.obs))

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray
 
 from spg.kernels.cells import INSIDE, Location, log_rates
-from spg.scans import Method, linear_scan
+from spg.scans import Method, linear_scan, over_steps
 
 
 class LinearUnit(Location):
@@ -41,7 +41,7 @@ class LinearUnit(Location):
         first: Bool[Array, " L"],
         z0: Num[Array, " m"],
     ) -> Num[Array, "L m"]:
-        decay, u = jax.vmap(self.affine)(obs)
+        decay, u = over_steps(self.affine)(obs)
         u = jnp.where(first[:, None], u + decay * z0, u)
         decay = jnp.where(first[:, None], 0.0, decay)
         return linear_scan(decay, u, z, method=self.method)

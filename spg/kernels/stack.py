@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Inexact, PRNGKeyArray
 
 from spg.kernels.cells import Location
 from spg.kernels.networks import Flat
+from spg.scans import over_steps
 
 
 class Stack(Location):
@@ -76,7 +77,7 @@ class Stack(Location):
         split = lambda z: jnp.split(z, len(self.units))
         for i, (state, start) in enumerate(zip(split(z), split(z0), strict=True)):
             states += [self.units[i].unroll(x, state, first, start)]
-            x = jax.vmap(lambda x, z, i=i: self._read(i, x, z))(x, states[-1])
+            x = over_steps(lambda x, z, i=i: self._read(i, x, z))(x, states[-1])
         return jnp.concatenate(states, 1)
 
     def _read(self, layer: int, x: Float[Array, " m"], z: Inexact[Array, " n"]) -> Array:
