@@ -71,8 +71,9 @@ def test_the_score_is_the_best_epoch_of_65_536_steps(tmp_path):
 
 @pytest.mark.slow
 def test_the_table_is_of_runs_that_are_not_trained_again(tmp_path, capsys, monkeypatch):
-    small = dataclasses.replace(popgym.ppo.Config(), num_envs=8, num_steps=64, num_minibatches=2)
+    small = dataclasses.replace(popgym.ppo.Config(), num_steps=64, num_minibatches=2)
     monkeypatch.setattr(popgym.ppo, "Config", lambda: small)
+    monkeypatch.setattr(popgym, "NUM_ENVS", 8)
     words = {"tasks": ("HigherLowerEasy",), "methods": ("S2PG", "none"), "num_seeds": 1}
     config = popgym.Config(**words, total_steps=2048, out=str(tmp_path / "run"))
     rows = popgym.main(config)

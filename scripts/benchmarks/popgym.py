@@ -5,10 +5,11 @@
 
 A training is scored as in the paper, by its maximum mean episodic return (MMER): the mean return of
 the episodes that end within an epoch of 65,536 steps, and of these means the highest of a training.
-The observation goes with the previous action. Nothing is tuned for a task. Each training is a run
-of its own under --out; one that is complete is not run again, one that was cut short is resumed,
-and commands with other tasks may run beside each other in one --out. The last command with all of
-the tasks then makes the table.
+The observation goes with the previous action. Nothing is tuned for a task. Updates are of 256
+environments: with 64, four times as many updates undo a part of what S2PG has learned. Each
+training is a run of its own under --out; one that is complete is not run again, one that was cut
+short is resumed, and commands with other tasks may run beside each other in one --out. The last
+command with all of the tasks then makes the table.
 """
 
 import sys
@@ -31,6 +32,7 @@ from spg.limits import Count, Seed, Total, check
 from spg.training import cli, metrics, records, tables
 
 EPOCH = 65_536  # steps of a batch of the paper's
+NUM_ENVS = 256
 EASY = (
     "RepeatFirst", "RepeatPrevious", "CountRecall", "Autoencode", "Concentration", "HigherLower",
     "Battleship", "MineSweeper", "MultiarmedBandit", "PositionOnlyCartPole",
@@ -58,12 +60,12 @@ class Config:
 
 
 def training(config: Config, task: str, method: str) -> ppo.Config:
-    """Everything that is not said here is PPO's default, the same in every task."""
+    """What is not said here is PPO's default, the same in every task."""
     return replace(
         ppo.Config(),
         env=f"popgym/{task}", observe="all", previous_action=True, entropy_coef=0.01,
-        total_steps=config.total_steps, num_seeds=config.num_seeds, seed=config.seed,
-        **METHODS[method],
+        num_envs=NUM_ENVS, total_steps=config.total_steps, num_seeds=config.num_seeds,
+        seed=config.seed, **METHODS[method],
     )  # fmt: skip
 
 
