@@ -61,10 +61,11 @@ class Size(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Seconds of each repeat, and bytes of temporary memory."""
+    """Seconds of each repeat, bytes of temporary memory, and seconds of compiling."""
 
     seconds: Float[np.ndarray, " repeats"]
     memory: int
+    compile: float = 0.0
 
 
 def scan(decay: Array, u: Array) -> Array:
@@ -116,20 +117,23 @@ def measure(config: Config, size: Size) -> dict[tuple[str, str], Timing]:
     for name, form in FORMS.items():
         forward = lambda decay, u, _, form=form: jax.vmap(form)(decay, u)
         for which, function in zip(PASSES, (forward, partial(backward, form)), strict=True):
+            began = time.perf_counter()
             compiled = jax.jit(function).lower(decay, u, weight).compile()
+            compiling = time.perf_counter() - began
             call = partial(compiled, decay, u, weight)
             analysis = compiled.memory_analysis()
-            calls[which, name] = call, analysis.temp_size_in_bytes if analysis else 0
+            memory = analysis.temp_size_in_bytes if analysis else 0
+            calls[which, name] = call, memory, compiling
     for which in PASSES:
-        ours = {name: call for (w, name), (call, _) in calls.items() if w == which}
+        ours = {name: call for (w, name), (call, *_) in calls.items() if w == which}
         truth = jax.tree.leaves(ours["scan"]())
         for name, call in ours.items():
             for x, y in zip(jax.tree.leaves(call()), truth, strict=True):
-                if not np.allclose(x, y, rtol=1e-3, atol=1e-3 * np.abs(y).max()):
+                if not jnp.allclose(x, y, rtol=1e-3, atol=1e-3 * jnp.abs(y).max()):
                     raise ValueError(f"{name} disagrees with scan at {size}")
         times = interleave(list(ours.values()), config.repeats, config.min_ms / 1e3)
         for name, seconds in zip(ours, times, strict=True):
-            timings[which, name] = Timing(seconds, calls[which, name][1])
+            timings[which, name] = Timing(seconds, *calls[which, name][1:])
     return timings
 
 
@@ -165,20 +169,24 @@ def bandwidth(num_numbers: int = 1 << 26) -> float:
 
 def tabulate(config: Config) -> list[dict[str, Any]]:
     copy = bandwidth() if jax.default_backend() != "cpu" else np.nan
+    return [row for s in tqdm(sizes(config), desc="sizes") for row in measured(config, s, copy)]
+
+
+def measured(config: Config, size: Size, copy: float) -> list[dict[str, Any]]:
+    """A row for each pass and form of one size; `copy` is the `bandwidth`."""
     rows = []
-    for size in tqdm(sizes(config), desc="sizes"):
-        timings = measure(config, size)
-        numbers = size.num_steps * size.width * size.batch
-        nbytes = numbers * np.dtype(size.dtype).itemsize
-        for (which, name), timing in timings.items():
-            plain = [timings[which, form].seconds for form in PLAIN]
-            best = min(plain, key=np.median)
-            least = 3 if which == "forward" else 7  # arrays that must be read or written
-            row = size._asdict() | {"pass": which, "form": name}
-            row |= {"microseconds": 1e6 * np.median(timing.seconds)}
-            row |= {"ratio": np.median(timing.seconds / best), "memory": timing.memory / nbytes}
-            row |= {"of_copy": least * nbytes / np.median(timing.seconds) / copy}
-            rows.append(row)
+    timings = measure(config, size)
+    nbytes = size.num_steps * size.width * size.batch * np.dtype(size.dtype).itemsize
+    for (which, name), timing in timings.items():
+        plain = [timings[which, form].seconds for form in PLAIN]
+        best = min(plain, key=np.median)
+        least = 3 if which == "forward" else 7  # arrays that must be read or written
+        row = size._asdict() | {"pass": which, "form": name}
+        row |= {"microseconds": 1e6 * np.median(timing.seconds)}
+        row |= {"ratio": np.median(timing.seconds / best), "memory": timing.memory / nbytes}
+        row |= {"of_copy": least * nbytes / np.median(timing.seconds) / copy}
+        row |= {"compile_s": timing.compile}
+        rows.append(row)
     return rows
 
 

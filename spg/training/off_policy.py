@@ -273,7 +273,7 @@ def algorithm(
     if config.num_rows < rows:
         raise ValueError(
             f"buffer_size {config.buffer_size} has no room for the {first} steps of "
-            "learning_starts; a larger buffer or fewer of these would do"
+            f"learning_starts, in rollouts of {each}; a larger buffer or fewer of these would do"
         )
     if not replay.holds(rows, config.num_envs, **sample):
         raise ValueError(
