@@ -29,7 +29,7 @@ def test_blocks_of_environments_change_no_number(memory, monkeypatch):
     config = replace(TINY, memory=memory)
     with jax.enable_x64(True):
         env = options.make_env(config)
-        learned = ppo.init(config, env, jr.key(0)).learned
+        learned = jax.jit(partial(ppo.init, config, env))(jr.key(0)).learned
 
         @partial(jax.jit, static_argnums=1)
         def weigh(keys, rows):
@@ -56,6 +56,7 @@ def test_settings_of_many_environments_can_train(task):
             assert samples == 32
 
 
+@pytest.mark.slow
 def test_a_training_counts_what_its_environments_carry(tmp_path, monkeypatch):
     monkeypatch.setattr(many_envs, "setting", lambda task, n, **new: replace(TINY, **new))
     config = many_envs.Config(tasks=("recall10",), num_envs=(6,), train=True, out=str(tmp_path))
@@ -87,6 +88,7 @@ def measured(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_every_part_of_the_gpu_benchmark_is_measured(measured):
     """Each case has times of running, the time to compile apart from them, and the device."""
     (trained,) = measured("recall10")
@@ -125,9 +127,9 @@ def test_cases_without_time_are_named(measured):
 def test_the_benchmark_ends_in_time_and_writes_what_it_has(tmp_path, capsys, monkeypatch):
     """A process that has no time to start is ended, and its cases are rows all the same."""
 
-    def supervise(config, part, deadline, take):
+    def supervise(config, part, deadline, end, take):
         if part == "gamp":  # for real
-            return original(config, part, deadline, take)
+            return original(config, part, deadline, end, take)
         take([{"size": 1, "seconds": 0.5, "seconds_q25": 0.4}])
 
     original = gpu.supervise

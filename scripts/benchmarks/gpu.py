@@ -247,7 +247,7 @@ def supervise(config: Config, part: str, deadline: float, take: Callable[[list[R
     theirs.close()
     count, note = 0, "skipped: the time was up"
     try:
-        while ours.poll(max(0.0, deadline - time.time())):
+        while ours.poll(max(0.0, last - time.time())):
             take(ours.recv())
             count += 1
     except EOFError:
@@ -275,7 +275,8 @@ def main(config: Config) -> dict[str, list[Row]]:
             for row in new:
                 print(f"{part}: {', '.join(f'{k} {shown(v)}' for k, v in row.items())}", flush=True)
 
-        supervise(config, part, time.time() + (end - time.time()) * ahead[0] / sum(ahead), take)
+        share = (end - time.time()) * ahead[0] / sum(ahead)
+        supervise(config, part, time.time() + share, end, take)
         text = "\n\n".join(markdown(rows) for rows in found.values())
         (out / "gpu.md").write_text(text + "\n")
     print(f"\n{text}\n\ntables: {out}")
