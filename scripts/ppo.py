@@ -193,7 +193,7 @@ def weigh(
     parts = jax.vmap(split)(parts)
     (segments, advantage, target, *rest), old, drew = join_segments((parts, old, drew))
     if config.mixed:
-        old = MixedTerms(old, drew[0], *rest, drew[1] / scale)
+        old = MixedTerms(old, drew[0], rest[0], rest[1], drew[1] / scale)
     return (segments, old, advantage, target), explained
 
 

@@ -238,8 +238,14 @@ def _child(config: Config, part: str, deadline: float, connection: Connection) -
     work(config, part, deadline, connection.send)
 
 
-def supervise(config: Config, part: str, deadline: float, take: Callable[[list[Row]], Any]) -> None:
-    """`work` in a process of its own, which ends at the deadline, and a row for what is missing."""
+def supervise(
+    config: Config, part: str, deadline: float, end: float, take: Callable[[list[Row]], Any]
+) -> None:
+    """`work` in a process of its own, and a row for what is missing.
+
+    It begins nothing after `deadline`, and what it is at then has half of the time to `end`.
+    """
+    last = (deadline + end) / 2
     ours, theirs = get_context("spawn").Pipe(duplex=False)
     arguments = config, part, deadline, theirs
     process = get_context("spawn").Process(target=_child, args=arguments, daemon=True)

@@ -54,14 +54,15 @@ def algorithm_of(task: str) -> str:
 def setting(task: str, num_envs: int, **changes: Any) -> Any:
     """The configuration of `ppo.py`, or of `sac.py` for the point mass, with so many environments.
 
-    From the task's own, with 64, by the rules of the page "Thousands of environments":
+    From the task's own, with 64, by the rules of docs/runs.md:
 
         PPO  rollouts of at most BATCH steps in all, but of at least 8 in each environment; as many
-             minibatches, and a learning rate by the root of their size, up to thrice as large
-        SAC  rollouts of at most 256 steps in all; as many samples a step, in batches up to 16 times
-             as large, and learning rates by the root of their size; room for 64 rollouts at least
+             minibatches, which are larger
+        SAC  rollouts of at most 256 steps in all, or 1 of each environment; as many samples a step,
+             in batches up to 16 times as large; a buffer of at least 64 rollouts
 
-    and at least 64 updates.
+    with learning rates as much larger as the minibatches, but at most three times, and at least 64
+    updates.
     """
     base = curves.task(task, algorithm_of(task))[0]
     if task in SAC:
@@ -78,7 +79,7 @@ def setting(task: str, num_envs: int, **changes: Any) -> Any:
     else:
         num_steps = max(8, min(base.num_steps, BATCH // num_envs))
         batch, changed, rates = num_envs * num_steps / (64 * base.num_steps), {}, ("learning_rate",)
-    changed |= {name: getattr(base, name) * min(3.0, max(1.0, batch**0.5)) for name in rates}
+    changed |= {name: getattr(base, name) * min(3.0, max(1.0, batch)) for name in rates}
     total_steps = max(base.total_steps, 64 * num_envs * num_steps)
     return replace(
         base, num_envs=num_envs, num_steps=num_steps, total_steps=total_steps, **changed | changes
