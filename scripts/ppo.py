@@ -37,12 +37,10 @@ from spg.kernels.kernel import Kernel
 from spg.kernels.networks import trainable
 from spg.limits import Count, Fraction, Needs, Range, Total, check
 from spg.rollout import reset, rollout
-from spg.scans import divisors, join_segments, over_steps, shuffle, split_segments
+from spg.scans import divisors, over_steps, shuffle, split_segments
 from spg.training import cli, loop, options
 from spg.training.loop import Report, State
 from spg.types import Env, Transition, critic_view, policy_view
-
-ROWS = 1 << 15  # steps at which policy and critic are evaluated at once, to bound the memory
 
 
 @dataclass(frozen=True)
@@ -162,38 +160,34 @@ def weigh(
     config: Config, kernel: Kernel, critic: Critic, traj: Transition
 ) -> tuple[tuple[Transition, Any, Array, Array], Array]:
     """(segments, what drew them, advantages, targets), and the explained variance of targets."""
-    length = config.length(config.num_steps)
-    split = partial(split_segments, segment_length=length)
-
-    def told(traj):
-        """What critic and policy say of the steps of one environment, and the steps in segments."""
-        values = jax.vmap(critic)(traj.obs, traj.z), jax.vmap(critic)(traj.final_obs, traj.z_next)
-        segments, drew = split(traj), ()
-        if config.mixed:
-            slope = value_slope(critic, traj, gamma=config.gamma)
-            drew = jax.vmap(kernel.state_distribution)(segments), split(slope)
-        return values, jax.vmap(kernel.log_prob)(segments), drew
-
-    block = min(config.num_envs, max(1, ROWS // config.num_steps))
-    (value, next_value), old, drew = lax.map(told, traj, batch_size=block)
+    ends = traj.terminated, traj.truncated
+    value = jax.vmap(jax.vmap(critic))(traj.obs, traj.z)
+    next_value = jax.vmap(jax.vmap(critic))(traj.final_obs, traj.z_next)
 
     def advantages(gae_lambda):
         one = partial(gae, gamma=config.gamma, gae_lambda=gae_lambda)
-        ends = traj.terminated, traj.truncated
         return jax.vmap(one)(traj.reward, value, next_value, *ends)
 
     advantage = advantages(config.gae_lambda)
     target, scale = value + advantage, advantage.std() + 1e-8
     normal = lambda x: (x - x.mean()) / scale
     explained = 1 - jnp.var(target - value) / (jnp.var(target) + 1e-8)
-    parts = traj, normal(advantage), target
+    parts: Any = None
     if config.mixed:
         delta = advantages(0.0)
-        parts += normal(delta), normal(advantage - delta)
-    parts = jax.vmap(split)(parts)
-    (segments, advantage, target, *rest), old, drew = join_segments((parts, old, drew))
+        slope = jax.vmap(partial(value_slope, critic, gamma=config.gamma))(traj) / scale
+        parts = normal(delta), normal(advantage - delta), slope
+
+    length = config.length(config.num_steps)
+    split = jax.vmap(partial(split_segments, segment_length=length))
+    num_segments = config.num_envs * config.num_steps // length
+    segments, advantage, target, parts = jax.tree.map(
+        lambda x: x.reshape(num_segments, *x.shape[2:]),
+        split((traj, normal(advantage), target, parts)),
+    )
+    old: Any = jax.vmap(kernel.log_prob)(segments)
     if config.mixed:
-        old = MixedTerms(old, drew[0], rest[0], rest[1], drew[1] / scale)
+        old = MixedTerms(old, jax.vmap(kernel.state_distribution)(segments), *parts)
     return (segments, old, advantage, target), explained
 
 

@@ -1,45 +1,21 @@
-"""Thousands of environments: blocks that bound the memory, settings, and the GPU's benchmark."""
+"""Thousands of environments: settings, and the GPU's benchmark."""
 
 import csv
 import time
 from dataclasses import replace
-from functools import partial
 
 import jax
-import jax.random as jr
 import numpy as np
 import pytest
 
 import scripts.benchmarks.many_envs as many_envs  # it puts scripts/ on the path
 from scripts.benchmarks import curves, gpu
-from spg.rollout import reset, rollout
-from spg.training import options
-from tests.conftest import largest_difference
 
 ppo = curves.ppo
 TINY = ppo.Config(
     env="RepeatFirst-memory", observe="all", env_params={"delay": 0.0}, total_steps=48, num_envs=6,
     num_steps=4, num_minibatches=2, num_epochs=1, z_size=2, hidden=(3,), eval_episodes=2,
 )  # fmt: skip
-
-
-@pytest.mark.parametrize("memory", ["s2pg", "bptt"])
-def test_blocks_of_environments_change_no_number(memory, monkeypatch):
-    """Of 4 of the 6 environments and of the rest, against all at once."""
-    config = replace(TINY, memory=memory)
-    with jax.enable_x64(True):
-        env = options.make_env(config)
-        learned = jax.jit(partial(ppo.init, config, env))(jr.key(0)).learned
-
-        @partial(jax.jit, static_argnums=1)
-        def weigh(keys, rows):
-            start = jax.vmap(lambda key: reset(learned.kernel, env, key=key))(keys)
-            run = lambda c, key: rollout(learned.kernel, env, c, num_steps=4, key=key)[1]
-            monkeypatch.setattr(ppo, "ROWS", rows)
-            return ppo.weigh(config, learned.kernel, learned.critic, jax.vmap(run)(start, keys))
-
-        keys = jr.split(jr.key(1), 6)
-        assert largest_difference(weigh(keys, 16), weigh(keys, 1 << 15)) < 1e-12
 
 
 @pytest.mark.parametrize("task", ["cartpole", "recall10", "pendulum", "pointmass"])
