@@ -36,7 +36,7 @@ from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import trainable
 from spg.limits import Count, Fraction, Needs, Range, Total, check
-from spg.rollout import reset, rollout
+from spg.rollout import Carry, Episodes, reset, rollout
 from spg.scans import divisors, over_steps, shuffle, split_segments
 from spg.training import cli, loop, options
 from spg.training.loop import Report, State
@@ -115,9 +115,7 @@ def init(
     critic = Critic(*sizes, feature=kernel.feature, key=critic_key)
     env_keys = jr.split(env_key, config.num_envs)
     carry = jax.vmap(lambda k: reset(kernel, env, key=k))(env_keys)
-    run = partial(rollout, kernel, env, num_steps=config.num_steps)
-    rollout_keys = jr.split(rollout_key, config.num_envs)
-    obs = jax.vmap(lambda c, k: run(c, key=k))(carry, rollout_keys)[1].obs
+    obs = collect(config, env, kernel, carry, rollout_key)[1].obs
     agent = Agent(
         start_statistics(kernel, policy_view(obs)), start_statistics(critic, critic_view(obs))
     )
@@ -128,11 +126,37 @@ def init(
 def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     """One update: a rollout of every environment, then epochs of minibatches on it."""
     key, rollout_key, epoch_key = jr.split(state.key, 3)
-    kernel, critic, opt_state = state.learned
-    run = partial(rollout, kernel, env, num_steps=config.num_steps)
-    rollout_keys = jr.split(rollout_key, config.num_envs)
-    carry, traj, episodes = jax.vmap(lambda c, k: run(c, key=k))(state.world, rollout_keys)
+    carry, traj, episodes = collect(config, env, state.learned.kernel, state.world, rollout_key)
+    learned, metrics = learn(config, state.learned, traj, epoch_key)
+    return State(learned, carry, key), report(episodes, metrics)
 
+
+def collect(
+    config: Config, env: Env, kernel: Kernel, carry: Carry, key: PRNGKeyArray
+) -> tuple[Carry, Transition, Episodes]:
+    """A rollout of every environment, and the sums over the episodes that ended there."""
+    run = partial(rollout, kernel, env, num_steps=config.num_steps)
+    carry, traj, episodes = jax.vmap(lambda c, k: run(c, key=k))(
+        carry, jr.split(key, config.num_envs)
+    )
+    return carry, traj, jax.tree.map(jnp.sum, episodes)
+
+
+def report(episodes: Episodes, metrics: dict[str, Array]) -> Report:
+    """Of an update with these episodes."""
+    return Report(
+        score=episodes.return_sum / episodes.count,
+        weight=episodes.count,
+        metrics=metrics,
+        of_episodes={"episode_length": episodes.length_sum / episodes.count},
+    )
+
+
+def learn(
+    config: Config, learned: Learned, traj: Transition, key: PRNGKeyArray
+) -> tuple[Learned, dict[str, Array]]:
+    """Epochs of minibatches on what the kernel recorded, and means of their metrics."""
+    kernel, critic, opt_state = learned
     batch, explained = weigh(config, kernel, critic, traj)
     segments, _, _, targets = batch
     num_segments = len(targets)
@@ -143,17 +167,12 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
         order = shuffle(num_segments, key=key).reshape(config.num_minibatches, -1)
         return lax.scan(lambda s, i: update(s, jax.tree.map(lambda x: x[i], batch)), state, order)
 
-    epoch_keys = jr.split(epoch_key, config.num_epochs)
+    epoch_keys = jr.split(key, config.num_epochs)
     (agent, opt_state), metrics = lax.scan(epoch, (Agent(kernel, critic), opt_state), epoch_keys)
-    report = Report(
-        score=episodes.return_sum.sum() / episodes.count.sum(),
-        weight=episodes.count.sum(),
-        metrics=jax.tree.map(jnp.mean, metrics) | {"explained_variance": explained},
-        of_episodes={"episode_length": episodes.length_sum.sum() / episodes.count.sum()},
-    )
     kernel = observe(agent.kernel, kernel, segments)
     critic = observe_critic(agent.critic, critic, segments)
-    return State(Learned(kernel, critic, opt_state), carry, key), report
+    metrics = jax.tree.map(jnp.mean, metrics) | {"explained_variance": explained}
+    return Learned(kernel, critic, opt_state), metrics
 
 
 def weigh(
@@ -223,6 +242,13 @@ def gradient_step(
 
 def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop.Algorithm:
     """What `loop.run` takes. Raises ValueError for what cannot run."""
+    return algorithm(config, "ppo", init=partial(init, policy=policy), step=step, policy=policy)
+
+
+def algorithm(
+    config: Config, name: str, *, init: Callable, step: Callable, policy: Callable[..., Kernel]
+) -> loop.Algorithm:
+    """What `loop.run` takes, of this update or one around it. Raises ValueError likewise."""
     check(config)
     count = config.num_envs * config.num_segments(config.num_steps)
     if count % config.num_minibatches:
@@ -244,7 +270,7 @@ def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop
             )
     steps = config.num_envs * config.num_steps
     return cli.in_episodes(
-        config, env, "PPO", name="ppo", init=partial(init, policy=policy), step=step,
+        config, env, name.upper(), name=name, init=init, step=step,
         num_updates=config.num_updates, steps_per_update=steps, first_steps=steps,
     )  # fmt: skip
 

@@ -33,6 +33,7 @@ class Measure(NamedTuple):
 
 RETURN = Measure("return", "episodes")
 AVERAGE_REWARD = Measure("average_reward", None)
+FRACTION = Measure("fraction_of_expert", "episodes")  # of an imitator, whose returns stand beside
 
 
 class Mark(NamedTuple):
@@ -126,7 +127,7 @@ def read_metrics(out: Path) -> dict[str, Column]:
 
 def measure_of(data: dict[str, Column]) -> Measure:
     """What the run was judged by that left these columns."""
-    return RETURN if RETURN.name in data else AVERAGE_REWARD
+    return next(m for m in (FRACTION, RETURN, AVERAGE_REWARD) if m.name in data)
 
 
 def mean_score(data: dict[str, Column], updates: slice) -> Float[np.ndarray, " seeds"]:

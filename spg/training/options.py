@@ -89,6 +89,7 @@ GROUPS = {
     "EnvConfig": "environment",
     "ProblemConfig": "problem",
     "PolicyConfig": "policy",
+    "ImitationConfig": "demonstrations",
     "Grid": "grid",
     "Config": "training",
     "RunConfig": "run",

@@ -79,7 +79,7 @@ def _open(config: dict[str, Any], make: Callable[..., Kernel]) -> tuple[Env, PyT
     if "problem" in config:
         from spg.envs import Tabular  # here: importing gymnax starts JAX's backend
 
-        start = _part(options.ProblemConfig, config)
+        start = part(options.ProblemConfig, config)
         problem = options.open_problem(start)
         world = Tabular(problem)
 
@@ -89,12 +89,12 @@ def _open(config: dict[str, Any], make: Callable[..., Kernel]) -> tuple[Env, PyT
             return expected_kernel(kernel) if by_observations else kernel
 
         return Env(world, world.default_params), jax.eval_shape(kernel, jr.key(0))
-    policy = _part(PolicyConfig, config)
-    env = options.make_env(_part(options.EnvConfig, config), oracle=policy.memory == "oracle")
+    policy = part(PolicyConfig, config)
+    env = options.make_env(part(options.EnvConfig, config), oracle=policy.memory == "oracle")
     return env, jax.eval_shape(lambda key: make(policy, env.spec, key=key), jr.key(0))
 
 
-def _part(kind: type[C], config: dict[str, Any]) -> C:
+def part(kind: type[C], config: dict[str, Any]) -> C:
     """The fields that `kind` has. JSON has no tuples."""
     names = [f.name for f in dataclasses.fields(kind)]  # pyright: ignore
     if missing := ", ".join(name for name in names if name not in config):

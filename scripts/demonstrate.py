@@ -1,0 +1,94 @@
+"""Record episodes of a run's best policy, for the scripts that imitate it.
+
+    python scripts/demonstrate.py                       # of an oracle on Pendulum, trained first
+    python scripts/demonstrate.py runs/mine --episodes 20 --sampled
+
+The directory of the run gets `demonstrations.npz`. A policy that imitates them sees what the run
+observes (`--observe`, `--previous-action`), also where the expert, an oracle, sees the full state.
+"""
+
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one line, status 130
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import jax
+import jax.random as jr
+import ppo
+import tyro
+
+import spg
+from spg.limits import Count, Seed, check
+from spg.training import cli, demonstrations, experts, options, policies
+
+RUN = "runs/expert"
+DEFAULT = ppo.Config(
+    env="Pendulum-v1", observe="positions", memory="oracle", gamma=0.95, total_steps=1_000_000,
+    num_seeds=1, checkpoints=5, out=RUN,
+)  # fmt: skip
+"""The expert of the default runs."""
+
+
+@dataclass(frozen=True)
+class Config:
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = RUN
+    """directory of a run; the default one is trained where it is not there"""
+    episodes: Count = 20
+    """to record"""
+    sampled: bool = False
+    """draw actions and internal states; otherwise the noise-free policy acts"""
+    seed: Seed = 0
+    """of the episodes"""
+
+
+def main(config: Config) -> None:
+    check(config)
+    out = Path(config.run)
+    if config.run == RUN and not (out / "summary.json").exists():
+        cli.train(ppo.make, DEFAULT, out)
+    run = spg.load(config.run)
+    if "problem" in run.config:
+        raise ValueError(f"{config.run} is of a finite-state controller, which is not imitated")
+    best, key = _best(run, config)
+    view = policies.part(options.EnvConfig, run.config)
+    env = options.make_env(replace(view, privileged=True))
+    made = {name: vars(view)[name] for name in demonstrations.WORLD + demonstrations.SEEN} | {
+        "run": config.run,
+        "memory": run.config["memory"],
+        "policy_seed": run.seeds[best],
+        "sampled": config.sampled,
+        "seed": config.seed,
+    }
+    expert = experts.Expert(run.kernel(best), config.sampled, run.config["memory"] == "oracle")
+    found = experts.record(expert, env, num_episodes=config.episodes, made=made, key=key)
+    demonstrations.save(out / "demonstrations.npz", found)
+    if line := demonstrations.weakness(found):
+        print(f"warning: {line}", file=sys.stderr)
+    print(
+        f"{config.episodes} episodes, {len(found.action):,} steps, of seed {run.seeds[best]}; "
+        f"return {found.returns.mean():.4g}, of {experts.EPISODES} others "
+        f"{found.made['expert_return']:.4g}, of random actions {found.made['random_return']:.4g}\n"
+        f"{out / 'demonstrations.npz'}"
+    )
+
+
+def _best(run: spg.Run, config: Config) -> tuple[int, jax.Array]:
+    """The seed with the best mean return over fresh episodes, and a key for others."""
+    key, eval_key = jr.split(jr.key(config.seed))
+    if len(run.seeds) == 1:
+        return 0, key
+    one = lambda kernel: spg.evaluation(kernel, run.env, num_episodes=64, key=eval_key)
+    found = jax.jit(jax.vmap(one))(run.kernels)
+    return int((found.sampled if config.sampled else found.noise_free).argmax()), key
+
+
+if __name__ == "__main__":
+    cli.once(Config, main)
