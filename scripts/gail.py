@@ -37,7 +37,7 @@ from spg.kernels.critics import QCritic
 from spg.kernels.factory import make_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Unseen
-from spg.limits import Count, NonNegative, Positive, Size
+from spg.limits import Count, Fraction, NonNegative, Positive, Size
 from spg.rollout import Carry
 from spg.training import cli, loop
 from spg.training.demonstrations import Demonstrations
@@ -54,7 +54,8 @@ class Config(ImitationConfig, ppo.Config):
     env: str = "Pendulum-v1"
     privileged: bool = True
     """show critic and discriminator the full state"""
-    gamma: float = 0.95
+    gamma: Fraction = 0.95
+    """discount"""
     loss: Literal["logistic", "least-squares"] = "logistic"
     """of the discriminator, which makes the reward too"""
     discriminator_hidden: tuple[Size, ...] = (64, 64)

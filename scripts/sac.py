@@ -79,6 +79,7 @@ class Learned(NamedTuple):
     slow: QCritic  # the target networks
     log_temperature: Float[Array, "2"]  # of actions, of z'
     opt_states: tuple[optax.OptState, optax.OptState, optax.OptState]
+    expert: replay.Ring | None = None  # the demonstrations, of an imitator: lsiq.py
 
     @property
     def temperatures(self) -> Float[Array, "2"]:

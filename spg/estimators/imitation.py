@@ -137,8 +137,10 @@ def iq_learn_loss(
 
 def clone_surrogate(
     kernel: Kernel, segment: Transition, *, num_draws: int, gamma: Scalar = 1.0, key: PRNGKeyArray
-) -> Float[Array, " L"]:
-    """Its sum has the gradient of E Σ_t log μ(a_t | o_t, z'_t), z'_t ~ ω along recorded steps.
+) -> tuple[Float[Array, " L"], Float[Array, " L"]]:
+    """What has the gradient of E Σ_t log μ(a_t | o_t, z'_t), z'_t ~ ω along recorded steps; log μ.
+
+    The gradient is that of the first one's sum; the second is the mean over draws.
 
     Where z' is drawn that is a lower bound of the likelihood, log Π_t p(a_t | a_{<t}, o_{<=t}), by
     Jensen's inequality, and equal to it where z' is certain. Each of the draws k gives
@@ -156,7 +158,8 @@ def clone_surrogate(
         lax.stop_gradient(log_prob.action)
     )
     others = (later.sum(0) - later) / max(1, num_draws - 1)
-    return jnp.mean(log_prob.action + (later - others) * log_prob.z, 0)
+    surrogate = log_prob.action + (later - others) * log_prob.z
+    return surrogate.mean(0), log_prob.action.mean(0)
 
 
 def clone_log_likelihood(

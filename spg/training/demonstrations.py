@@ -73,6 +73,14 @@ class Demonstrations(NamedTuple):
             ),
         )
 
+    @property
+    def episodes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the steps `[E, T]` of each episode, as long as the longest; which are its own."""
+        last = np.flatnonzero(self.ends)
+        first = np.concatenate([[0], last[:-1] + 1])
+        rows = first[:, None] + np.arange((last - first).max() + 1)
+        return np.minimum(rows, last[:, None]), rows <= last[:, None]
+
 
 def save(path: Path, demonstrations: Demonstrations) -> None:
     """Write the file, whole or not at all; its arrays are not compressed, so they can be mapped."""
@@ -125,9 +133,10 @@ def check(
             )
     action = "discrete" if found.action.ndim == 1 else found.action.shape[1]
     policy = found.critic if oracle else found.obs
+    critic = found.critic if config.privileged else policy
     sizes = {
         "observations of the policy": (policy.shape[1], spec.obs_size),
-        "observations of the critic": (found.critic.shape[1], spec.critic_size),
+        "observations of the critic": (critic.shape[1], spec.critic_size),
         "actions": (action, "discrete" if spec.discrete else spec.num_actions),
     }
     for name, (there, here) in sizes.items():
