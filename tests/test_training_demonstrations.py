@@ -133,31 +133,58 @@ def test_files_that_are_no_demonstrations_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words", "message"),
+    ("words", "message"),
     [
-        ({}, {"env": "PointMass-memory"}, "env Pendulum-v1, and the training has PointMass-memory"),
-        ({}, {"env_params": {}}, "env_params {.*}, and the training has {}"),
-        ({}, {"observe": "all"}, "observe positions, and the training has all"),
-        ({"obs": np.zeros((12, 5))}, {}, "of the policy have size 5 in x.npz, and 2 in the train"),
-        ({"critic": np.zeros((12, 4))}, {}, "of the critic have size 4 in x.npz, and 3 in the tr"),
-        ({"action": np.zeros((12, 6))}, {}, "actions have size 6 in x.npz, and 1 in the training"),
-        ({"action": np.zeros(12, int)}, {}, "actions have size discrete in x.npz, and 1 in the tr"),
-        ({}, {"least": 13}, "x.npz hold 12 steps, and a gradient takes 13"),
+        ({"env": "PointMass-memory"}, "env Pendulum-v1, and the training has PointMass-memory"),
+        ({"env_params": {}}, "env_params {.*}, and the training has {}"),
+        ({"observe": "all"}, "observe positions, and the training has all"),
     ],
 )
-def test_demonstrations_of_something_else_are_refused_by_both_names(changes, words, message):
-    least = words.pop("least", 12) if "least" in words else 12
-    config = replace(CONFIG, **{k: v for k, v in words.items() if k != "least"})
+def test_demonstrations_of_another_world_are_refused_by_both_names(words, message):
+    config = replace(CONFIG, **words)
     with pytest.raises(ValueError, match=message) as error:
-        demonstrations.check("x.npz", make(**changes), config, SPEC, oracle=False, least=least)
+        demonstrations.check_world("x.npz", make(), config, oracle=False)
     assert "\n" not in str(error.value)
 
 
-def test_what_fits_is_taken_also_by_an_oracle():
-    words = {"oracle": False, "least": 12}
-    demonstrations.check("x", make(), CONFIG, SPEC, **words)
-    oracle = SPEC._replace(obs_size=3)
-    demonstrations.check("x", make(), replace(CONFIG, observe="all"), oracle, oracle=True, least=12)
+def test_an_oracle_may_observe_what_it_likes():
+    demonstrations.check_world("x", make(), replace(CONFIG, observe="all"), oracle=True)
+
+
+SIZES = {"oracle": False, "privileged": True, "least": 12}
+
+
+@pytest.mark.parametrize(
+    ("changes", "least", "message"),
+    [
+        (
+            {"obs": np.zeros((12, 5))},
+            12,
+            "of the policy have size 5 in x.npz, and 2 in the tra",
+        ),
+        ({"critic": np.zeros((12, 4))}, 12, "of the critic have size 4 in x.npz, and 3 in the tra"),
+        ({"action": np.zeros((12, 6))}, 12, "actions have size 6 in x.npz, and 1 in the training"),
+        ({"action": np.zeros(12, int)}, 12, "actions have size discrete in x.npz, and 1 in the t"),
+        ({}, 13, "x.npz hold 12 steps, and a gradient takes 13"),
+    ],
+)
+def test_demonstrations_of_other_sizes_are_refused_by_both(changes, least, message):
+    with pytest.raises(ValueError, match=message) as error:
+        demonstrations.check_sizes("x.npz", make(**changes), SPEC, **SIZES | {"least": least})
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_are_those_of_what_is_shown():
+    """An oracle sees what the critic does, and a critic without privilege what the policy does."""
+    for oracle, privileged, size in [
+        (0, 1, (2, 3)),
+        (1, 1, (3, 3)),
+        (0, 0, (2, 2)),
+        (1, 0, (3, 3)),
+    ]:
+        spec = SPEC._replace(obs_size=size[0], critic_size=size[1])
+        words = {"oracle": bool(oracle), "privileged": bool(privileged), "least": 12}
+        demonstrations.check_sizes("x", make(), spec, **words)
 
 
 def test_recorded_episodes_are_the_experts(monkeypatch):

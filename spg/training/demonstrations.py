@@ -118,12 +118,10 @@ def load(path: str | Path, *, episodes: int | None = None) -> Demonstrations:
     return found
 
 
-def check(
-    path: str, found: Demonstrations, config: EnvConfig, spec: Spec, *, oracle: bool, least: int
-) -> None:
-    """Raise ValueError, naming both sides, unless an imitator of `config` can learn from `found`.
+def check_world(path: str, found: Demonstrations, config: EnvConfig, *, oracle: bool) -> None:
+    """Raise ValueError, naming both sides, unless `config` names the environment of `found`.
 
-    `least` is the number of steps that a gradient takes.
+    An oracle may observe what it likes.
     """
     for name in WORLD if oracle else WORLD + SEEN:
         there, here = found.made[name], vars(config)[name]
@@ -131,9 +129,18 @@ def check(
             raise ValueError(
                 f"demonstrations {path} were made with {name} {there}, and the training has {here}"
             )
+
+
+def check_sizes(
+    path: str, found: Demonstrations, spec: Spec, *, oracle: bool, privileged: bool, least: int
+) -> None:
+    """Raise ValueError, naming both sides, unless an imitator with this `spec` can learn.
+
+    `least` is the number of steps that a gradient takes.
+    """
     action = "discrete" if found.action.ndim == 1 else found.action.shape[1]
     policy = found.critic if oracle else found.obs
-    critic = found.critic if config.privileged else policy
+    critic = found.critic if privileged else policy
     sizes = {
         "observations of the policy": (policy.shape[1], spec.obs_size),
         "observations of the critic": (critic.shape[1], spec.critic_size),

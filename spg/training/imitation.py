@@ -28,10 +28,12 @@ def open_demonstrations(config: Any, *, least: int) -> Demonstrations:
     or of fewer than `least` steps.
     """
     check(config)
-    found = demonstrations.load(config.demonstrations, episodes=config.num_episodes)
-    oracle = config.memory == "oracle"
+    path, oracle = config.demonstrations, config.memory == "oracle"
+    found = demonstrations.load(path, episodes=config.num_episodes)
+    demonstrations.check_world(path, found, config, oracle=oracle)
     spec = options.make_env(config, oracle=oracle).spec
-    demonstrations.check(config.demonstrations, found, config, spec, oracle=oracle, least=least)
+    words = {"oracle": oracle, "privileged": config.privileged, "least": least}
+    demonstrations.check_sizes(path, found, spec, **words)
     if line := demonstrations.weakness(found):
         print(f"warning: {line}", file=sys.stderr)
     return found
