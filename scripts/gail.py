@@ -58,9 +58,6 @@ class Config(ImitationConfig, ppo.Config):
     """discount"""
     loss: Literal["logistic", "least-squares"] = "logistic"
     """of the discriminator, which makes the reward too"""
-    reward: Literal["logistic", "logit"] = "logistic"
-    """of the logistic discriminator: -log(1 - σ(D)) >= 0 as in the paper, with which it pays to
-    survive, or D itself"""
     discriminator_hidden: tuple[Size, ...] = (64, 64)
     """widths of the hidden layers of the discriminator"""
     discriminator_steps: Count = 3
@@ -116,10 +113,7 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     carry, traj, episodes = ppo.collect(
         config, env, imitator.kernel, state.world.carry, rollout_key
     )
-    pay = {
-        "logistic": imitation.logistic_reward if config.reward == "logistic" else lambda x: x,
-        "least-squares": imitation.least_squares_reward,
-    }
+    pay = {"logistic": imitation.logistic_reward, "least-squares": imitation.least_squares_reward}
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), traj)
     reward = pay[config.loss](logits(env.spec, discriminator, rows))
     paid = traj._replace(reward=reward.reshape(traj.reward.shape))
