@@ -88,7 +88,10 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
 def gradient_step(
     config: Config, state: tuple[sac.Learned, replay.Ring], key: PRNGKeyArray
 ) -> tuple[tuple[sac.Learned, replay.Ring], dict[str, Array]]:
-    """Policy and temperatures, then critics, on a sample of the buffer and one of the expert."""
+    """Policy and temperatures, then critics, on a sample of the buffer and one of the expert.
+
+    This is the order of SAC; LSIQ-RS moves the critics first. Temperatures see no expert steps.
+    """
     *place_keys, policy_key, next_key = jr.split(key, 4)
     learned, ring = state
     rings = ring, learned.expert

@@ -127,6 +127,9 @@ def test_files_that_are_no_demonstrations_are_refused(tmp_path):
     np.savez(path, made=np.array(json.dumps({})), obs=np.zeros(3))
     with pytest.raises(ValueError, match="holds no demonstrations"):
         load(path)
+    save(path, make(made={"env": "Pendulum-v1"}))
+    with pytest.raises(ValueError, match="does not tell backend, env_params, expert_return"):
+        load(path)
     save(path, make())
     with pytest.raises(ValueError, match="4 episodes are asked for, and 3 are there"):
         load(path, episodes=4)

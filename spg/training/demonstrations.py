@@ -109,7 +109,7 @@ def load(path: str | Path, *, episodes: int | None = None) -> Demonstrations:
         found = Demonstrations(**arrays | {"made": json.loads(str(arrays["made"]))})
     except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} holds no demonstrations: {error}") from error
-    _check_shapes(path, found)
+    _check(path, found)
     found = _first(found, episodes)
     for name in ("obs", "critic", "action", "last_obs", "last_critic", "returns"):
         if not np.isfinite(array := found._asdict()[name]).all():
@@ -165,7 +165,9 @@ def weakness(found: Demonstrations) -> str | None:
     )
 
 
-def _check_shapes(path: Path, found: Demonstrations) -> None:
+def _check(path: Path, found: Demonstrations) -> None:
+    if absent := {*WORLD, *SEEN, "expert_return", "random_return"} - found.made.keys():
+        raise ValueError(f"{path} does not tell {', '.join(sorted(absent))}")
     lengths = {k: len(x) for k, x in found._asdict().items() if k != "made"}
     steps = {k: lengths[k] for k in ("obs", "critic", "action", "terminated", "truncated")}
     episodes = {k: lengths[k] for k in ("last_obs", "last_critic", "hidden", "returns")}
