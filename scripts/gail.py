@@ -151,8 +151,9 @@ def discriminate(
             each = imitation.least_squares_loss(logit, soft)
         return each.mean(), jnp.mean((logit > 0) == (label > 0))
 
-    *moved, value, right = descend(config.discriminator_rate, loss, *state)
-    return tuple(moved), {"discriminator_loss": value, "discriminator_accuracy": right}
+    discriminator, opt_state, value, right = descend(config.discriminator_rate, loss, *state)
+    metrics = {"discriminator_loss": value, "discriminator_accuracy": right}
+    return (discriminator, opt_state), metrics
 
 
 def logits(spec: Spec, discriminator: QCritic, steps: Transition) -> Float[Array, " B"]:

@@ -94,7 +94,8 @@ def gradient_step(
     """
     *place_keys, policy_key, next_key = jr.split(key, 4)
     learned, ring = state
-    rings = ring, learned.expert
+    assert learned.expert is not None
+    rings = [ring, learned.expert]
     places = [
         replay.places(r, **config.sample, key=k) for r, k in zip(rings, place_keys, strict=True)
     ]

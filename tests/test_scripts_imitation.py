@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.random as jr
@@ -19,7 +20,7 @@ from spg.training import demonstrations, options, policies
 from spg.types import Env
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
-RUN = {"num_seeds": 2, "eval_episodes": 2, "checkpoints": 1}
+RUN: dict[str, Any] = {"num_seeds": 2, "eval_episodes": 2, "checkpoints": 1}
 GAIL = gail.Config(
     num_steps=4, num_minibatches=2, num_epochs=1, total_steps=16, discriminator_batch=8,
     discriminator_steps=2, discriminator_hidden=(4,), **PENDULUM, **RUN,
@@ -32,7 +33,7 @@ CLONE = clone.Config(
     env_params=PENDULUM["env_params"], hidden=(4,), z_size=4, num_updates=2, num_gradients=2,
     batch_episodes=2, score_episodes=2, **RUN,
 )  # fmt: skip
-BPTT = {"memory": "bptt", "segment_length": 2}
+BPTT: dict[str, Any] = {"memory": "bptt", "segment_length": 2}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,12 @@ from spg.training import demonstrations, experts
 from spg.training.demonstrations import Demonstrations, load, save
 from spg.types import Observation, Spec
 
-PENDULUM = {"env_params": {"max_steps_in_episode": 4}, "num_envs": 2, "hidden": (4,), "z_size": 4}
+PENDULUM: dict[str, Any] = {
+    "env_params": {"max_steps_in_episode": 4},
+    "num_envs": 2,
+    "hidden": (4,),
+    "z_size": 4,
+}
 CONFIG = gail.Config(**PENDULUM)
 SPEC = Spec(obs_size=2, critic_size=3, num_actions=1, discrete=False)
 WORLD = {

@@ -84,7 +84,9 @@ class Demonstrations(NamedTuple):
 
 def save(path: Path, demonstrations: Demonstrations) -> None:
     """Write the file, whole or not at all; its arrays are not compressed, so they can be mapped."""
-    arrays = demonstrations._asdict() | {"made": np.array(json.dumps(demonstrations.made))}
+    arrays: dict[str, Any] = demonstrations._asdict() | {
+        "made": np.array(json.dumps(demonstrations.made))
+    }
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)
@@ -105,7 +107,7 @@ def load(path: str | Path, *, episodes: int | None = None) -> Demonstrations:
         )
     try:
         read = _mapped if path.stat().st_size > LARGE else _read
-        arrays = read(path)
+        arrays: dict[str, Any] = read(path)
         found = Demonstrations(**arrays | {"made": json.loads(str(arrays["made"]))})
     except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} holds no demonstrations: {error}") from error
