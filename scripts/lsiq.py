@@ -50,12 +50,14 @@ class Config(ImitationConfig, sac.Config):
 
     env: str = "Pendulum-v1"
     observe: Literal["all", "positions", "velocities", "state"] = "positions"
-    total_steps: Total = 50_000
+    total_steps: Total = 30_000
     """environment steps of each seed, after those of --learning-starts"""
     learning_starts: Count = 2_048
     """steps of each seed by the first policy: for the statistics, and again to fill the buffer"""
     gamma: Annotated[float, Range(0, 1, open="high")] = 0.95
     """discount; values are within 1 / (c (1 - γ))"""
+    target_entropy: Annotated[float, Range(-100, 0.69)] = -1.0
+    """nats for each dimension of an action; 0.69 is that of uniform ones"""
     penalty: Positive = 0.5
     """c, the weight of the squares of implicit rewards, which are within ±1/c"""
     expert_target: Literal["fixed", "bootstrapped"] = "fixed"
