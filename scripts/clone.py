@@ -32,7 +32,7 @@ from spg.estimators.imitation import clone_surrogate
 from spg.estimators.statistics import start_statistics
 from spg.kernels.factory import DRAWN, PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
-from spg.limits import Count, Fraction, Needs, NonNegative, Positive
+from spg.limits import Count, Fraction, Needs, NonNegative, Positive, Range
 from spg.rollout import evaluate
 from spg.training import cli, loop, options
 from spg.training.demonstrations import Demonstrations
@@ -48,7 +48,10 @@ class Config(ImitationConfig, options.EnvConfig, PolicyConfig, options.RunConfig
 
     env: str = "Pendulum-v1"
     memory: Literal["s2pg", "bptt", "window", "none", "oracle"] = "s2pg"
-    num_updates: Count = 100
+    state_std: Annotated[float, Range(1e-6, 5), Needs(memory="s2pg")] = 0.05
+    """standard deviation of the noise on z' at the start, relative to the weight with which a unit
+    takes up what is new (s2pg); it is learned"""
+    num_updates: Count = 200
     """each of which ends with episodes that measure the return, and are not learned from"""
     num_gradients: Count = 20
     """of an update"""
@@ -56,7 +59,7 @@ class Config(ImitationConfig, options.EnvConfig, PolicyConfig, options.RunConfig
     """whole episodes of the expert in a gradient"""
     num_draws: Annotated[Count, Needs(memory="s2pg")] = 4
     """draws of z' along each of these episodes (s2pg)"""
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 3e-3
     """of Adam, for the head of the policy"""
     state_learning_rate: Annotated[NonNegative, Needs(memory=DRAWN)] = 1e-4
     """of Adam, for the cell that places z', and its noise (s2pg, bptt)"""
