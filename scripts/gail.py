@@ -39,6 +39,7 @@ from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Unseen
 from spg.limits import Count, Fraction, NonNegative, Positive, Size
 from spg.rollout import Carry
+from spg.scans import join_segments
 from spg.training import cli, loop
 from spg.training.demonstrations import Demonstrations
 from spg.training.descent import adam, descend
@@ -114,7 +115,7 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
         config, env, imitator.kernel, state.world.carry, rollout_key
     )
     pay = {"logistic": imitation.logistic_reward, "least-squares": imitation.least_squares_reward}
-    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), traj)
+    rows = join_segments(traj)
     reward = pay[config.loss](logits(env.spec, discriminator, rows))
     paid = traj._replace(reward=reward.reshape(traj.reward.shape))
     imitator, metrics = ppo.learn(config, imitator, paid, ppo_key)

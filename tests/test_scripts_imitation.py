@@ -46,7 +46,7 @@ def expert(tmp_path):
 @pytest.mark.parametrize(
     ("script", "config", "words"),
     [
-        (gail, GAIL, {}),
+        (gail, GAIL, {"memory": "none"}),
         (lsiq, LSIQ, {}),
         (clone, CLONE, {}),
         slow(gail, GAIL, {"loss": "least-squares", "memory": "oracle", "soft_labels": True}),
