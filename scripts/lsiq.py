@@ -142,7 +142,8 @@ def gradient_step(
 
 def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop.Algorithm:
     """What `loop.run` takes. Raises ValueError for what cannot run."""
-    expert = open_demonstrations(config, least=config.batch_size)
+    count, length = config.sample["num_segments"], config.sample["length"]
+    expert = open_demonstrations(config, least=(count + 1) * length - 1)  # see `replay.holds`
     start = partial(init, expert=expert, policy=policy)
     return measured(algorithm(config, "lsiq", init=start, step=step), expert)
 

@@ -52,7 +52,7 @@ def expert(tmp_path):
         slow(gail, GAIL, {"loss": "least-squares", "memory": "oracle", "soft_labels": True}),
         slow(gail, GAIL, {"privileged": False, **BPTT}),
         slow(lsiq, LSIQ, {"expert_target": "bootstrapped", "critic_state": True, **BPTT}),
-        slow(lsiq, LSIQ, {"loss_steps": "last", "num_episodes": 2, **BPTT}),
+        slow(lsiq, LSIQ, {"loss_steps": "last", "batch_size": 2, "num_episodes": 2, **BPTT}),
         slow(lsiq, LSIQ, {"memory": "oracle"}),
         slow(clone, CLONE, {"memory": "bptt"}),
         slow(clone, CLONE, {"memory": "oracle", "actions": "tanh-normal"}),
