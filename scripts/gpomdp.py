@@ -34,6 +34,7 @@ from spg.kernels.networks import trainable
 from spg.limits import Count, Fraction, Needs, NonNegative, Positive, Range, Total, check, fits
 from spg.rollout import Carry, Evaluation, evaluation, reset, rollout
 from spg.training import cli, controllers, loop, options
+from spg.training.devices import vmap_envs
 from spg.training.loop import Report, State
 from spg.types import Env, Transition, critic_view
 from spg.worlds.models import Problem
@@ -169,9 +170,12 @@ def step(config: Config, problem: Problem, env: Env, state: State) -> tuple[Stat
     if config.optimiser == "conjugate":
         params = conjugate.ask(ascent, settings)
     kernel = eqx.combine(params, static)
-    run = partial(rollout, acting(config, kernel), env, num_steps=config.num_steps)
-    rollout_keys = jr.split(rollout_key, config.num_envs)
-    carry, trajs, _ = jax.vmap(lambda c, k: run(c, key=k))(state.world.carry, rollout_keys)
+
+    def run(kernel, carry, key):
+        return rollout(kernel, env, carry, num_steps=config.num_steps, key=key)[:2]
+
+    keys = jr.split(rollout_key, config.num_envs)
+    carry, trajs = vmap_envs(run, (None, 0, 0))(acting(config, kernel), state.world.carry, keys)
     gradient, baseline = estimate(config, problem, kernel, state.world.baseline, trajs)
     gradient, value = eqx.filter(gradient, trainable(kernel)), trajs.reward.mean()
     if config.optimiser == "conjugate":
@@ -223,6 +227,7 @@ def make(config: Config) -> loop.Algorithm:
         evaluate=partial(evaluate, config, env),
         num_updates=config.num_updates,
         steps_per_update=config.num_envs * config.num_steps,
+        num_envs=config.num_envs,
     )
 
 

@@ -36,9 +36,10 @@ from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import trainable
 from spg.limits import Count, Fraction, Needs, Range, Total, check
-from spg.rollout import reset, rollout
+from spg.rollout import Carry, Episodes, reset, rollout
 from spg.scans import divisors, over_steps, shuffle, split_segments
 from spg.training import cli, loop, options
+from spg.training.devices import spread, vmap_envs
 from spg.training.loop import Report, State
 from spg.types import Env, Transition, critic_view, policy_view
 
@@ -115,9 +116,7 @@ def init(
     critic = Critic(*sizes, feature=kernel.feature, key=critic_key)
     env_keys = jr.split(env_key, config.num_envs)
     carry = jax.vmap(lambda k: reset(kernel, env, key=k))(env_keys)
-    run = partial(rollout, kernel, env, num_steps=config.num_steps)
-    rollout_keys = jr.split(rollout_key, config.num_envs)
-    obs = jax.vmap(lambda c, k: run(c, key=k))(carry, rollout_keys)[1].obs
+    obs = collect(config, env, kernel, carry, rollout_key)[1].obs
     agent = Agent(
         start_statistics(kernel, policy_view(obs)), start_statistics(critic, critic_view(obs))
     )
@@ -125,13 +124,22 @@ def init(
     return State(Learned(*agent, opt_state), carry, key)
 
 
+def collect(
+    config: Config, env: Env, kernel: Kernel, carry: Carry, key: PRNGKeyArray
+) -> tuple[Carry, Transition, Episodes]:
+    """A rollout of every environment, `[N, T, ...]`."""
+
+    def run(kernel, carry, key):
+        return rollout(kernel, env, carry, num_steps=config.num_steps, key=key)
+
+    return vmap_envs(run, (None, 0, 0))(kernel, carry, jr.split(key, config.num_envs))
+
+
 def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     """One update: a rollout of every environment, then epochs of minibatches on it."""
     key, rollout_key, epoch_key = jr.split(state.key, 3)
     kernel, critic, opt_state = state.learned
-    run = partial(rollout, kernel, env, num_steps=config.num_steps)
-    rollout_keys = jr.split(rollout_key, config.num_envs)
-    carry, traj, episodes = jax.vmap(lambda c, k: run(c, key=k))(state.world, rollout_keys)
+    carry, traj, episodes = collect(config, env, kernel, state.world, rollout_key)
 
     batch, explained = weigh(config, kernel, critic, traj)
     segments, _, _, targets = batch
@@ -141,7 +149,8 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
 
     def epoch(state, key):
         order = shuffle(num_segments, key=key).reshape(config.num_minibatches, -1)
-        return lax.scan(lambda s, i: update(s, jax.tree.map(lambda x: x[i], batch)), state, order)
+        rows = lambda i: spread(jax.tree.map(lambda x: x[i], batch))
+        return lax.scan(lambda s, i: update(s, rows(i)), state, order)
 
     epoch_keys = jr.split(epoch_key, config.num_epochs)
     (agent, opt_state), metrics = lax.scan(epoch, (Agent(kernel, critic), opt_state), epoch_keys)
@@ -246,6 +255,7 @@ def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop
     return cli.in_episodes(
         config, env, "PPO", name="ppo", init=partial(init, policy=policy), step=step,
         num_updates=config.num_updates, steps_per_update=steps, first_steps=steps,
+        num_envs=config.num_envs,
     )  # fmt: skip
 
 

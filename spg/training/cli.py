@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from spg import limits
 from spg.rollout import evaluation
-from spg.training import loop, options, records, terminal
+from spg.training import devices, loop, options, records, terminal
 from spg.training.metrics import AVERAGE_REWARD
 from spg.training.options import RunConfig
 from spg.types import Env
@@ -104,8 +104,9 @@ def main(config_type: type[C], make: Callable[[C], loop.Algorithm], *, cores: bo
             options.warn(config)
             keep_programs()
             if cores:
-                use_cores(config.num_seeds)
+                use_cores(config.num_seeds, config.shard)
             algorithm = make(config)
+            devices.sizes(config.shard, config.num_seeds, algorithm.num_envs, jax.device_count())
             directory = records.open_run(config, algorithm.name)
         except (ValueError, OSError, records.RunError) as error:
             fail(error)
@@ -167,14 +168,17 @@ def keep_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def use_cores(num_seeds: int) -> None:
+def use_cores(num_seeds: int, shard: devices.Shard = "auto") -> None:
     """Make the cores of a CPU devices, over which the seeds are sharded; call before JAX starts.
 
-    A core for each seed is faster than all cores on each small operation.
+    A core for each seed is faster than all cores on each small operation. All cores become devices
+    if environments are to share them.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", min(num_seeds, cores))
+        jax.config.update(
+            "jax_num_cpu_devices", cores if shard == "envs" else min(num_seeds, cores)
+        )
 
 
 def once(

@@ -21,6 +21,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from spg import limits
 from spg.kernels.factory import make_kernel
 from spg.limits import Count, Needs, NonNegative, Range, Seed
+from spg.training.devices import Shard
 from spg.types import Env, Spec
 from spg.worlds import WORLDS, read_pomdp
 from spg.worlds.models import Problem
@@ -34,6 +35,9 @@ class RunConfig:
     """of the first training; the others take the next integers"""
     num_seeds: Count = 4
     """independent trainings, vmapped into one program"""
+    shard: Shard = "auto"
+    """what the devices share: seeds, and where some are left the environments of each; seeds alone;
+    or environments alone, on a CPU also the cores"""
     out: str | None = None
     """directory of the run; by default a new one under runs/"""
     resume: bool = False

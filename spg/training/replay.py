@@ -9,6 +9,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
+from spg.training.devices import spread
 from spg.types import Transition
 
 
@@ -80,7 +81,7 @@ def holds(size: int, num_columns: int, *, num_segments: int, length: int) -> boo
 
 def take(ring: Ring, place: Place) -> Transition:
     """The steps at these places, `[S, L, ...]`."""
-    return jax.tree.map(lambda x: x[place.row, place.column], ring.steps)
+    return spread(jax.tree.map(lambda x: x[place.row, place.column], ring.steps))
 
 
 def refresh(ring: Ring, place: Place, z_next: PyTree, *, share: float = 1.0) -> Ring:
