@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from spg.estimators import gpomdp
@@ -34,7 +35,7 @@ from spg.kernels.networks import trainable
 from spg.limits import Count, Fraction, Needs, NonNegative, Positive, Range, Total, check, fits
 from spg.rollout import Carry, Evaluation, evaluation, reset, rollout
 from spg.training import cli, controllers, loop, options
-from spg.training.devices import vmap_envs
+from spg.training.devices import reduce_envs, vmap_envs
 from spg.training.loop import Report, State
 from spg.types import Env, Transition, critic_view
 from spg.worlds.models import Problem
@@ -152,10 +153,12 @@ def estimate(
         facts = trajs.reward, value, value[:, 1:], trajs.terminated, trajs.truncated
         weight = jax.vmap(lambda *x: advantage(*x))(*(x[:, : config.num_steps - 1] for x in facts))
         weight = jnp.pad(weight, ((0, 0), (0, 1)))  # nothing follows the last action
-        new = gpomdp.collect(alpha, place, returns, num_places=num_places(config, problem))
+        collect = partial(gpomdp.collect, num_places=num_places(config, problem))
+        new = reduce_envs(lax.psum, collect, (0, 0, 0))(alpha, place, returns)
         values = jax.tree.map(lambda old, new: 0.9 * old + new, baseline.values, new)
         baseline = baseline._replace(values=values)
-    gradient = gpomdp.gradient(likelihood, kernel, memory, trajs, weight)
+    ascent = reduce_envs(lax.pmean, partial(gpomdp.gradient, likelihood), (None, 0, 0, 0))
+    gradient = ascent(kernel, memory, trajs, weight)
     return gradient, baseline._replace(reward=0.9 * baseline.reward + 0.1 * mean)
 
 

@@ -39,7 +39,7 @@ from spg.limits import Count, Fraction, Needs, Range, Total, check
 from spg.rollout import Carry, Episodes, reset, rollout
 from spg.scans import divisors, over_steps, shuffle, split_segments
 from spg.training import cli, loop, options
-from spg.training.devices import spread, vmap_envs
+from spg.training.devices import take, vmap_envs
 from spg.training.loop import Report, State
 from spg.types import Env, Transition, critic_view, policy_view
 
@@ -149,8 +149,7 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
 
     def epoch(state, key):
         order = shuffle(num_segments, key=key).reshape(config.num_minibatches, -1)
-        rows = lambda i: spread(jax.tree.map(lambda x: x[i], batch))
-        return lax.scan(lambda s, i: update(s, rows(i)), state, order)
+        return lax.scan(lambda s, i: update(s, take(batch, i)), state, order)
 
     epoch_keys = jr.split(epoch_key, config.num_epochs)
     (agent, opt_state), metrics = lax.scan(epoch, (Agent(kernel, critic), opt_state), epoch_keys)

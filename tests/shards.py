@@ -49,6 +49,7 @@ def main(name: str) -> None:
     floats = {k: jnp.full(2, v) for k, v in algorithm.floats.items()}
     start = jax.jit(jax.vmap(algorithm.init))(floats, jax.random.split(jax.random.key(0)))
     available, ends, told = jax.devices(), {}, {}
+
     for label, (shard, count) in LAYOUTS.items():
         devices.jax.devices = lambda count=count: available[:count]
         mesh = devices.layout(shard, 2, algorithm.num_envs)
@@ -65,10 +66,11 @@ def main(name: str) -> None:
         shown = state.learned, metrics
         ends[label] = [np.asarray(x) for x in jax.tree.leaves(shown)]
         carries = jax.tree.leaves(state.world, is_leaf=lambda x: isinstance(x, Carry))
-        shapes = [x.obs.sharding.shard_shape(x.obs.shape) for x in carries if isinstance(x, Carry)]
+        first = [x.first for x in carries if isinstance(x, Carry)]
+        shapes = [x.sharding.shard_shape(x.shape) for x in first]
         told[label] = {
             "mesh": [*mesh.shape.values()],
-            "held": [shape[:2] for shape in shapes],
+            "held": shapes,
             "collectives": collectives(step.as_text()),
         }
     for label, end in ends.items():

@@ -7,9 +7,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import jax
 import pytest
 
-from spg.training.devices import layout, sizes
+from spg.training.devices import layout, sizes, tell_idle
 
 HERE = Path(__file__).parent
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -60,9 +61,11 @@ def test_environments_that_cannot_be_shared_out_are_refused(num_envs, message):
     ],
 )
 def test_devices_that_stay_idle_are_named(num_seeds, available, used, said, capsys, monkeypatch):
-    monkeypatch.setattr("jax.devices", lambda: list(range(available)))
-    monkeypatch.setattr("spg.training.devices.Mesh", lambda devices, axes: devices)
-    assert layout("auto", num_seeds, 1).size == used
+    one = jax.devices()[:1]
+    monkeypatch.setattr("jax.devices", lambda: one * available)
+    mesh = layout("auto", num_seeds, 1)
+    tell_idle(mesh, num_seeds)
+    assert mesh.size == used
     err = capsys.readouterr().err
     assert said in err
     assert bool(said) == bool(err)
@@ -83,8 +86,8 @@ def test_a_training_is_the_same_on_1_2_and_4_devices(name):
         assert told[label]["mesh"] == [seeds, envs]
         assert told[label]["apart"] < 1e-6, label
         assert all(held == [2 // seeds, 8 // envs] for held in told[label]["held"])
-        assert all(
-            size <= told["largest"] for size in told[label]["collectives"].values()
-        ), told[label]
+        assert all(size <= told["largest"] for size in told[label]["collectives"].values()), told[
+            label
+        ]
     assert not told["1"]["collectives"]
     assert "all-reduce" in told["2x2"]["collectives"]

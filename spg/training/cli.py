@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from spg import limits
 from spg.rollout import evaluation
-from spg.training import devices, loop, options, records, terminal
+from spg.training import devices, loop, options, processes, records, terminal
 from spg.training.metrics import AVERAGE_REWARD
 from spg.training.options import RunConfig
 from spg.types import Env
@@ -97,7 +97,7 @@ def main(config_type: type[C], make: Callable[[C], loop.Algorithm], *, cores: bo
 
     Ends with status 2 and one line where the user erred, with 130 when interrupted.
     """
-    with terminal.interruptible() as interruption:
+    with terminal.interruptible() as interruption, processes.together():
         try:
             config = parse(config_type)
             limits.check(config)
@@ -105,18 +105,25 @@ def main(config_type: type[C], make: Callable[[C], loop.Algorithm], *, cores: bo
             keep_programs()
             if cores:
                 use_cores(config.num_seeds, config.shard)
+            processes.join(config)
             algorithm = make(config)
-            devices.sizes(config.shard, config.num_seeds, algorithm.num_envs, jax.device_count())
-            directory = records.open_run(config, algorithm.name)
+            alone = not algorithm.sharded
+            devices.layout(config.shard, config.num_seeds, algorithm.num_envs, alone=alone)
+            directory = Path(config.out or "")
+            if processes.leads():
+                directory = records.open_run(config, algorithm.name)
         except (ValueError, OSError, records.RunError) as error:
             fail(error)
         again = f"--out {directory} --resume goes on from the last checkpoint"
         interruption.line = f"interrupted; {again}"
-        print(f"{algorithm.title}; run directory {directory}", file=sys.stderr)
+        if processes.leads():
+            print(f"{algorithm.title}; run directory {directory}", file=sys.stderr)
         from spg.training import summaries
 
         try:
-            print(summaries.table(directory, loop.run(config, algorithm, directory)))
+            summary = loop.run(config, algorithm, directory)
+            if processes.leads():
+                print(summaries.table(directory, summary))
         except (records.RunError, OSError) as error:
             fail(error)
 

@@ -1,7 +1,7 @@
 """The devices of a training: one mesh, seeds over one axis, environments over the other.
 
 A program is written as for one device. XLA's partitioner splits what environments bring, by its
-shardings, and inserts the sums; `vmap_envs` and `spread` tell it where, and do nothing elsewhere.
+shardings, and inserts the sums; `vmap_envs` and `take` tell it where, and do nothing elsewhere.
 """
 
 import sys
@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from spg.rollout import Carry
 from spg.types import Transition
 
-SPLIT, WHOLE = PartitionSpec("seed"), PartitionSpec()
+SPLIT, ENVS, WHOLE = PartitionSpec("seed"), PartitionSpec("env"), PartitionSpec()
 Shard = Literal["auto", "seeds", "envs"]
 
 
@@ -25,18 +25,39 @@ def largest_divisor(n: int, limit: int) -> int:
     return max(i for i in range(1, limit + 1) if n % i == 0)
 
 
-def layout(
-    shard: Shard, num_seeds: int, num_envs: int, *, alone: bool = False, points: int = 1
-) -> Mesh:
-    """The mesh to train on, see `sizes`; says where devices stay idle. `alone`: the first device.
+def layout(shard: Shard, num_seeds: int, num_envs: int, *, alone: bool = False) -> Mesh:
+    """The mesh to train on, see `sizes`; of one device if `alone`.
 
-    The seeds are those of all `points` of a grid.
+    Raises ValueError where `sizes` does, and if a process would have nothing to do.
     """
     found = jax.devices()[:1] if alone else jax.devices()
     seeds, envs = sizes(shard, num_seeds, num_envs, len(found))
-    if (used := seeds * envs) < min(num_seeds, len(found)):
-        _tell_idle(num_seeds, used, len(found), points)
-    return Mesh(np.array(found[:used]).reshape(seeds, envs), ("seed", "env"))
+    mesh = Mesh(np.array(found[: seeds * envs]).reshape(seeds, envs), ("seed", "env"))
+    working = len({device.process_index for device in mesh.devices.flat})
+    if working < jax.process_count():
+        raise ValueError(
+            f"there is work for {working} of {jax.process_count()} processes: "
+            f"{num_seeds} seeds, {num_envs} environments each, run on {mesh.size} of "
+            f"{jax.device_count()} devices; fewer processes, or more seeds, would do"
+        )
+    return mesh
+
+
+def tell_idle(mesh: Mesh, num_seeds: int, points: int = 1) -> None:
+    """Say where devices stay idle. The seeds are those of all `points` of a grid."""
+    count, used = len(jax.devices()), mesh.size
+    if used >= min(num_seeds, count):
+        return
+    if points > 1:
+        seeds, advice = f"{points} points x {num_seeds // points} seeds", ""
+    else:
+        fits = [n for n in (num_seeds // count * count, -(-num_seeds // count) * count) if n]
+        seeds = f"{num_seeds} seeds"
+        advice = f"; --num-seeds {' or '.join(map(str, fits))} would use all"
+    print(
+        f"{seeds} run on {used} of {count} devices, each with as many seeds{advice}",
+        file=sys.stderr,
+    )
 
 
 def sizes(shard: Shard, num_seeds: int, num_envs: int, count: int) -> tuple[int, int]:
@@ -55,19 +76,6 @@ def sizes(shard: Shard, num_seeds: int, num_envs: int, count: int) -> tuple[int,
             f"devices; --num-envs {-(-num_envs // count) * count} could"
         )
     return seeds, envs
-
-
-def _tell_idle(num_seeds: int, used: int, count: int, points: int) -> None:
-    seeds, advice = f"{num_seeds} seeds", ""
-    if points > 1:
-        seeds = f"{points} points x {num_seeds // points} seeds"
-    else:
-        fits = [n for n in (num_seeds // count * count, -(-num_seeds // count) * count) if n]
-        advice = f"; --num-seeds {' or '.join(map(str, fits))} would use all"
-    print(
-        f"{seeds} run on {used} of {count} devices, each with as many seeds{advice}",
-        file=sys.stderr,
-    )
 
 
 def program(mesh: Mesh, f: Callable, in_specs: Any = SPLIT, **options: Any) -> Any:
@@ -92,6 +100,19 @@ def shardings(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, Carry | Transition))
 
 
+def place(mesh: Mesh, tree: PyTree) -> PyTree:
+    """What is stacked over seeds, and the same on every process, on its devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings(mesh, tree))
+
+    def put(x: Any, sharding: NamedSharding) -> Any:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding))
+        return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
+
+    return jax.tree.map(put, tree, shardings(mesh, tree))
+
+
 def vmap_envs(f: Callable, in_axes: tuple[int | None, ...]) -> Callable:
     """`jax.vmap` over environments, each of which stays on the device where its data are.
 
@@ -101,22 +122,48 @@ def vmap_envs(f: Callable, in_axes: tuple[int | None, ...]) -> Callable:
 
     def mapped(*args: Any) -> Any:
         each = jax.vmap(f, in_axes)
-        if not _is_split():
-            return each(*args)
-        specs = tuple(WHOLE if axis is None else PartitionSpec("env") for axis in in_axes)
-        out = PartitionSpec("env")
-        return jax.shard_map(
-            each, in_specs=specs, out_specs=out, axis_names={"env"}, check_vma=False
-        )(*args)
+        return (_on_each(each, in_axes, ENVS) if _is_split() else each)(*args)
 
     return mapped
 
 
-def spread(tree: PyTree) -> PyTree:
-    """Arrays whose first axis, of data that no device holds alone, the devices share from here."""
-    if not _is_split():
-        return tree
-    return jax.lax.with_sharding_constraint(tree, PartitionSpec("env"))
+def reduce_envs(
+    reduce: Callable[[PyTree, str], PyTree], f: Callable, in_axes: tuple[int | None, ...]
+) -> Callable:
+    """`f`, a mean (`lax.pmean`) or a sum (`lax.psum`) over environments, first on each device.
+
+    For what the partitioner would send whole, as scatters, whose rows it does not add up apart.
+    `in_axes` are 0, of environments, and None; `f` must not close over what is traced.
+    """
+
+    def reduced(*args: Any) -> Any:
+        if not _is_split():
+            return f(*args)
+        share = lambda *args: reduce(f(*args), "env")
+        return _on_each(share, in_axes, WHOLE)(*args)
+
+    return reduced
+
+
+def _on_each(f: Callable, in_axes: tuple[int | None, ...], out: PartitionSpec) -> Callable:
+    """`f` of a device's own share of the environments."""
+    specs = tuple(WHOLE if axis is None else ENVS for axis in in_axes)
+    return jax.shard_map(f, in_specs=specs, out_specs=out, axis_names={"env"}, check_vma=False)
+
+
+def take(tree: PyTree, index: PyTree) -> PyTree:
+    """x[index] of each leaf: rows that devices hold apart, shared out to them evenly."""
+    index = everywhere(index)
+    return _constrained(jax.tree.map(lambda x: x[index], tree), ENVS)
+
+
+def everywhere(tree: PyTree) -> PyTree:
+    """Arrays of which each device has all from here."""
+    return _constrained(tree, WHOLE)
+
+
+def _constrained(tree: PyTree, spec: PartitionSpec) -> PyTree:
+    return jax.lax.with_sharding_constraint(tree, spec) if _is_split() else tree
 
 
 def _is_split() -> bool:

@@ -21,13 +21,14 @@ import jax.random as jr
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from spg.kernels.kernel import Kernel
 from spg.rollout import Evaluation
 from spg.training import records
-from spg.training.devices import SPLIT, WHOLE, layout, program, shardings
+from spg.training.devices import SPLIT, WHOLE, layout, place, program, shardings, tell_idle
 from spg.training.metrics import EMPTY, RETURN, Measure
+from spg.training.processes import agreed, leads, whole
 from spg.training.records import RunError
 from spg.training.terminal import Progress
 
@@ -103,9 +104,8 @@ def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
     Raises RunError when no seed is left (Diverged), when another process trains in the directory,
     when it cannot be written, and, on resumption, if what it holds is damaged or does not fit.
     """
-    summary = run_all(config, algorithm, {out: algorithm.floats})[0]
-    assert summary is not None
-    return summary
+    found = run_all(config, algorithm, {out: algorithm.floats})
+    return {} if not found or found[0] is None else found[0]
 
 
 def run_all(
@@ -117,7 +117,7 @@ def run_all(
     every seed diverges there is no summary, None; raises Diverged if that is so everywhere.
     """
     with ExitStack() as locks:
-        for out in points:
+        for out in points if leads() else ():
             locks.enter_context(records.locked(out))
         return _run(config, algorithm, points)
 
@@ -151,30 +151,35 @@ def _run(
     like = jax.eval_shape(start, *one)
     report = jax.eval_shape(jax.vmap(algorithm.step), one[0], like.state)[1]
     names = _names(algorithm.measure, report)
-    directories = [Directory(out, algorithm, numbers, names) for out in points]
+    outs = points if leads() else ()  # the other processes write nothing
+    directories = [Directory(out, algorithm, numbers, names) for out in outs]
     update, seeds = 0, None
     clock: dict[str, float] = dict.fromkeys(CLOCKS, 0.0)
     if config.resume:
-        stores, tables = [x.store for x in directories], [x.table for x in directories]
-        update, found, clock = resume(stores, tables, Snapshot.of(like, clock, EMPTY))
-        seeds = jax.tree.map(lambda *x: x[0] if len(x) == 1 else jnp.concatenate(x), *found)
+        if leads():
+            stores, tables = [x.store for x in directories], [x.table for x in directories]
+            update, found, clock = resume(stores, tables, Snapshot.of(like, clock, EMPTY))
+            seeds = jax.tree.map(lambda *x: x[0] if len(x) == 1 else jnp.concatenate(x), *found)
+        update = int(agreed(np.int32(update), np.int32(0)))
+        if update:
+            seeds = agreed(seeds, jax.eval_shape(start, floats, roots[:, 0]))
     else:
         for directory in directories:
             directory.table.start()
 
-    mesh = layout(
-        config.shard, len(lanes), algorithm.num_envs,
-        alone=not algorithm.sharded, points=len(points),
-    )  # fmt: skip
+    mesh = layout(config.shard, len(lanes), algorithm.num_envs, alone=not algorithm.sharded)
+    if leads() and algorithm.sharded:
+        tell_idle(mesh, len(lanes), len(points))
     unit = "step" if algorithm.steps_per_update else "update"
-    progress = Progress(algorithm.name, total=algorithm.num_updates * work, unit=unit)
+    total = algorithm.num_updates * work
+    progress = Progress(algorithm.name, total=total, unit=unit, shown=leads())
     for directory in directories:
         directory.open_events(update + 1, progress.say)
     try:
         began = time.perf_counter()
         # `start` on one device: it runs once, and is compiled once
-        stacked = seeds or start(floats, roots[:, 0]), floats, roots[:, 1]
-        seeds, floats, eval_roots = jax.device_put(stacked, shardings(mesh, stacked))
+        seeds = seeds or start(floats, roots[:, 0])
+        seeds, floats, eval_roots = place(mesh, (seeds, floats, roots[:, 1]))
         ahead = [*pairwise(m for m in marks if m >= update)]
         if ahead:
             longest = max(end - begin for begin, end in pairwise(marks))
@@ -182,20 +187,20 @@ def _run(
             train, evaluate = _compile(algorithm, mesh, size, names, seeds, floats, eval_roots)
         clock["compile_seconds"] += time.perf_counter() - began
 
-        diverged = np.asarray(seeds.diverged)
+        diverged = np.asarray(whole(seeds.diverged))
         progress.start(update * work)
         for begin, end in ahead:
             began = time.perf_counter()
             seeds, metrics = train(seeds, floats, np.int32(begin), np.int32(end - begin))
-            metrics = {k: np.asarray(metrics[k])[:, : end - begin] for k in names}
+            metrics = {k: np.asarray(x)[:, : end - begin] for k, x in whole(metrics).items()}
             clock["train_seconds"] += time.perf_counter() - began
-            before, diverged = diverged, np.asarray(seeds.diverged)
+            before, diverged = diverged, np.asarray(whole(seeds.diverged))
             scores = ()
             if end in at_checkpoints and not diverged.all():
                 began = time.perf_counter()
                 scores = tuple(
                     np.where(diverged == 0, np.asarray(x), np.nan)
-                    for x in evaluate(seeds.state, eval_roots, np.int32(end))
+                    for x in whole(evaluate(seeds.state, eval_roots, np.int32(end)))
                 )
                 clock["evaluate_seconds"] += time.perf_counter() - began
             for i, directory in enumerate(directories):
@@ -207,8 +212,9 @@ def _run(
             if (new := diverged != before).any():
                 progress.say(f"diverged: {_named(lanes[new], diverged[new])}; {ADVICE}")
             if end in at_checkpoints:
+                held = whole(seeds)
                 for i, directory in enumerate(directories):
-                    directory.save(end, _part(seeds, i, len(points)), clock)
+                    directory.save(end, _part(held, i, len(points)), clock)
             score = means(metrics).get(algorithm.measure.name)
             note = "" if score is None else f"{algorithm.measure.label} {score:.4g}"
             progress.advance((end - begin) * work, note)
@@ -218,11 +224,10 @@ def _run(
             directory.close()
     each = {k: x / len(points) for k, x in clock.items()}
     facts = {"devices": [d.device_kind for d in mesh.devices.flat], "jax": jax.__version__}
+    learned, ends = whole(seeds.state.learned), diverged.reshape(len(points), -1)
     return [
-        directory.summarise(_part(seeds.state.learned, i, len(points)), own, each, facts)
-        for i, (directory, own) in enumerate(
-            zip(directories, diverged.reshape(len(points), -1), strict=True)
-        )
+        directory.summarise(_part(learned, i, len(points)), ends[i], each, facts)
+        for i, directory in enumerate(directories)
     ]
 
 
@@ -233,7 +238,7 @@ def _compile(
     names: list[str],
     seeds: Seeds,
     floats: Floats,
-    roots: PRNGKeyArray,
+    roots: Key[Array, " seeds"],
 ) -> tuple[Callable, Callable]:
     """`_updates` in chunks of up to `size`, and evaluations by keys of `roots`, on the mesh."""
 

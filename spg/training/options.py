@@ -28,7 +28,22 @@ from spg.worlds.models import Problem
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class ProcessConfig:
+    """One training in several processes, each started with the same command line"""
+
+    distributed: bool = False
+    """join the other processes, which Slurm, Open MPI, Kubernetes and Cloud TPU tell of; JAX's
+    jax.distributed.initialize"""
+    coordinator_address: str | None = None
+    """of the first process, with a port that is free there, as 10.0.0.1:1234"""
+    num_processes: Annotated[int | None, Range(1, 2**20, whole=True)] = None
+    """how many there are"""
+    process_id: Annotated[int | None, Range(0, 2**20, whole=True)] = None
+    """of this one; 0 is the first, which writes the run directory"""
+
+
+@dataclass(frozen=True)
+class RunConfig(ProcessConfig):
     """The run, e.g. --num-seeds 8 --out runs/first, and later the same with --resume."""
 
     seed: Seed = 0
@@ -96,6 +111,7 @@ GROUPS = {
     "Grid": "grid",
     "Config": "training",
     "RunConfig": "run",
+    "ProcessConfig": "processes",
 }
 """The headings of a help page, by the class that declares the options."""
 CACHE = """

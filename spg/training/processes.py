@@ -17,6 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from spg.training.records import PROCESSES
+
 if TYPE_CHECKING:
     from spg.training.options import RunConfig
 
@@ -29,7 +31,7 @@ def join(config: "RunConfig") -> None:
 
     Raises ValueError for what is not told, and if the others do not come.
     """
-    names = "coordinator_address", "num_processes", "process_id"
+    names = PROCESSES[1:]
     told = {name: getattr(config, name) for name in names}
     said = [name for name in names if told[name] is not None]
     if not (config.distributed or said):
@@ -57,55 +59,71 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
-def check(mesh: jax.sharding.Mesh) -> None:
-    """Raise ValueError if a process has no device on the mesh."""
-    working = {device.process_index for device in mesh.devices.flat}
-    if len(working) < jax.process_count():
-        raise ValueError(
-            f"{jax.process_count()} processes have {jax.device_count()} devices, and the seeds "
-            f"and environments are shared out to {mesh.size} of them, of {len(working)} processes; "
-            "fewer processes, or more --num-seeds or --num-envs, would do"
-        )
+def whole(tree: PyTree) -> PyTree:
+    """What the devices of all processes hold, on each as NumPy's arrays and as keys; a collective.
 
-
-def gathered(tree: PyTree) -> PyTree:
-    """What the devices of all processes hold, as arrays of NumPy and as keys; None but on the first.
-
-    One after another: a machine has to hold the largest array beside its own share.
+    Untouched where there is one process.
     """
 
     def gather(x: Any) -> Any:
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            data = gather(jr.key_data(x))
-            return jr.wrap_key_data(data) if leads() else None
-        whole = multihost_utils.process_allgather(x, tiled=True)
-        return whole if leads() else None
+        if _is_key(x):
+            return jr.wrap_key_data(gather(jr.key_data(x)))
+        return multihost_utils.process_allgather(x, tiled=True)
+
     return tree if jax.process_count() == 1 else jax.tree.map(gather, tree)
 
 
-def agreed(tree: PyTree) -> PyTree:
-    """What the first process has, on all; elsewhere only its shapes count."""
+def agreed(tree: PyTree, like: PyTree) -> PyTree:
+    """What the first process has, on all; `like` gives shapes and dtypes; a collective.
+
+    As bytes, since sums of zeros and floats are not always those floats. Untouched where there is
+    one process.
+    """
     if jax.process_count() == 1:
         return tree
-    ...
+    shapes, structure = jax.tree.flatten(like)
+    bare = [jax.eval_shape(jr.key_data, x) if _is_key(x) else x for x in shapes]
+    buffer = np.zeros(sum(x.size * x.dtype.itemsize for x in bare), np.uint8)
+    if leads():
+        leaves = [jr.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(tree)]
+        parts = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in leaves]
+        buffer = np.concatenate(parts)
+    buffer, end, found = np.asarray(multihost_utils.broadcast_one_to_all(buffer)), 0, []
+    for x, kind in zip(bare, shapes, strict=True):
+        begin, end = end, end + x.size * x.dtype.itemsize
+        value = buffer[begin:end].view(x.dtype).reshape(x.shape)
+        found.append(jr.wrap_key_data(value) if _is_key(kind) else value)
+    return jax.tree.unflatten(structure, found)
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """An error ends this process at once, and with it the others, which would wait for it."""
+    """An error ends this process at once, and so the others too, which would wait for it."""
     try:
         yield
     except BaseException as error:
         if not jax.distributed.is_initialized():
             raise
-        status = 1
-        if isinstance(error, SystemExit):
-            status = error.code if isinstance(error.code, int) else 1
-        elif isinstance(error, jax.errors.JaxRuntimeError):
-            print(f"error: process {jax.process_index()} ends, since another one has, or "  , file=sys.stderr)
+        status = error.code if isinstance(error, SystemExit) else 1
+        if isinstance(error, jax.errors.JaxRuntimeError):
             status = 2
-        else:
+            print(
+                f"error: process {jax.process_index()} of {jax.process_count()} cannot go on, "
+                f"another one may have ended: {_line(error)}; started again, all of them, --resume "
+                "goes on from the last checkpoint",
+                file=sys.stderr,
+            )
+        elif not isinstance(error, SystemExit):
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+        os._exit(status if isinstance(status, int) else 1)
+    jax.distributed.shutdown()
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def _is_key(x: Any) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)

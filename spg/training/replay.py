@@ -9,7 +9,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
-from spg.training.devices import spread
+from spg.training import devices
 from spg.types import Transition
 
 
@@ -81,7 +81,7 @@ def holds(size: int, num_columns: int, *, num_segments: int, length: int) -> boo
 
 def take(ring: Ring, place: Place) -> Transition:
     """The steps at these places, `[S, L, ...]`."""
-    return spread(jax.tree.map(lambda x: x[place.row, place.column], ring.steps))
+    return devices.take(ring.steps, (place.row, place.column))
 
 
 def refresh(ring: Ring, place: Place, z_next: PyTree, *, share: float = 1.0) -> Ring:
@@ -91,8 +91,9 @@ def refresh(ring: Ring, place: Place, z_next: PyTree, *, share: float = 1.0) -> 
 
     unless step t+1 opens an episode or has not been made yet.
     """
+    place, z_next = devices.everywhere((place, z_next))
     steps, column = ring.steps, place.column
-    after = (place.row + 1) % ring.capacity
+    after = devices.everywhere((place.row + 1) % ring.capacity)
     apart = place.newest | steps.first[after, column]
     nowhere = ring.capacity + jnp.arange(apart.size).reshape(apart.shape)  # each its own
     after = jnp.where(apart, nowhere, after)
