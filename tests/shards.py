@@ -43,14 +43,15 @@ def collectives(text: str) -> dict[str, int]:
     return found
 
 
-def main(name: str) -> None:
+def main(name: str, labels: list[str]) -> None:
     config = CONFIGS[name]
     algorithm = globals()[name].make(config)
     floats = {k: jnp.full(2, v) for k, v in algorithm.floats.items()}
     start = jax.jit(jax.vmap(algorithm.init))(floats, jax.random.split(jax.random.key(0)))
     available, ends, told = jax.devices(), {}, {}
 
-    for label, (shard, count) in LAYOUTS.items():
+    for label in labels:
+        shard, count = LAYOUTS[label]
         devices.jax.devices = lambda count=count: available[:count]
         mesh = devices.layout(shard, 2, algorithm.num_envs)
         both = start, floats
@@ -74,8 +75,8 @@ def main(name: str) -> None:
             "collectives": collectives(step.as_text()),
         }
     for label, end in ends.items():
-        pairs = zip(end, ends["1"], strict=True)
-        told[label]["apart"] = float(max(np.abs(a - b).max(initial=0.0) for a, b in pairs))
+        pairs = [(a, b) for a, b in zip(end, ends["1"], strict=True) if a.size]
+        told[label]["apart"] = float(max((np.abs(a - b) / (1 + np.abs(b))).max() for a, b in pairs))
     moved = zip(jax.tree.leaves(start.learned), ends["1"], strict=False)
     told["moved"] = float(max(np.abs(a - b).max(initial=0.0) for a, b in moved))
     print(json.dumps(told))
@@ -83,4 +84,4 @@ def main(name: str) -> None:
 
 if __name__ == "__main__":
     with jax.enable_x64(True):
-        main(sys.argv[1])
+        main(sys.argv[1], sys.argv[2:])

@@ -153,8 +153,8 @@ def _on_each(f: Callable, in_axes: tuple[int | None, ...], out: PartitionSpec) -
 
 def take(tree: PyTree, index: PyTree) -> PyTree:
     """x[index] of each leaf: rows that devices hold apart, shared out to them evenly."""
-    index = everywhere(index)
-    return _constrained(jax.tree.map(lambda x: x[index], tree), ENVS)
+    # by one sum of what each device has of the rows; else XLA may send all that there is
+    return _constrained(everywhere(jax.tree.map(lambda x: x[index], tree)), ENVS)
 
 
 def everywhere(tree: PyTree) -> PyTree:

@@ -91,10 +91,9 @@ def refresh(ring: Ring, place: Place, z_next: PyTree, *, share: float = 1.0) -> 
 
     unless step t+1 opens an episode or has not been made yet.
     """
-    place, z_next = devices.everywhere((place, z_next))
     steps, column = ring.steps, place.column
-    after = devices.everywhere((place.row + 1) % ring.capacity)
-    apart = place.newest | steps.first[after, column]
+    after = (place.row + 1) % ring.capacity
+    apart = place.newest | devices.everywhere(steps.first[after, column])
     nowhere = ring.capacity + jnp.arange(apart.size).reshape(apart.shape)  # each its own
     after = jnp.where(apart, nowhere, after)
 
@@ -105,6 +104,7 @@ def refresh(ring: Ring, place: Place, z_next: PyTree, *, share: float = 1.0) -> 
     # for another purpose after they are overwritten, and copies the whole ring to be able to
     stale = take(ring, place).z_next
     z_next = jax.tree.map(lambda old, new: (1 - share) * old + share * new, stale, z_next)
+    z_next = devices.everywhere(z_next)
     z = jax.tree.map(put(after), steps.z, z_next)
     z_next = jax.tree.map(put(place.row), steps.z_next, z_next)
     return ring._replace(steps=steps._replace(z=z, z_next=z_next))
