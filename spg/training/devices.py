@@ -32,6 +32,9 @@ def layout(shard: Shard, num_seeds: int, num_envs: int, *, alone: bool = False) 
     """
     found = jax.devices()[:1] if alone else jax.devices()
     seeds, envs = sizes(shard, num_seeds, num_envs, len(found))
+    own = [[d for d in found if d.process_index == i] for i in range(jax.process_count())]
+    if seeds * envs % len(own) == 0:  # as many of each process
+        found = [d for devices in own for d in devices[: seeds * envs // len(own)]]
     mesh = Mesh(np.array(found[: seeds * envs]).reshape(seeds, envs), ("seed", "env"))
     working = len({device.process_index for device in mesh.devices.flat})
     if working < jax.process_count():
