@@ -104,7 +104,7 @@ def main(config_type: type[C], make: Callable[[C], loop.Algorithm], *, cores: bo
             options.warn(config)
             keep_programs()
             if cores:
-                use_cores(config.num_seeds, config.shard)
+                use_cores(sys.maxsize if config.shard == "envs" else config.num_seeds)
             processes.join(config)
             algorithm = make(config)
             alone = not algorithm.sharded
@@ -175,17 +175,14 @@ def keep_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def use_cores(num_seeds: int, shard: devices.Shard = "auto") -> None:
-    """Make the cores of a CPU devices, over which the seeds are sharded; call before JAX starts.
+def use_cores(most: int) -> None:
+    """Make cores of a CPU devices, `most` of them at most; call before JAX starts.
 
-    A core for each seed is faster than all cores on each small operation. All cores become devices
-    if environments are to share them.
+    A core for each seed is faster than all cores on each small operation.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        jax.config.update(
-            "jax_num_cpu_devices", cores if shard == "envs" else min(num_seeds, cores)
-        )
+        jax.config.update("jax_num_cpu_devices", min(most, cores))
 
 
 def once(
