@@ -39,7 +39,7 @@ def start_two(*words: str, **environment: str) -> list[subprocess.Popen]:
 
 def finish(*processes: subprocess.Popen) -> list[str]:
     """What they said on stderr, when all have ended well."""
-    said = [process.communicate(timeout=300)[1] for process in processes]
+    said = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), said
     return said
 
@@ -70,10 +70,10 @@ def test_when_one_process_is_killed_the_other_says_so_and_both_can_resume(tmp_pa
     for dead in (1, 0):
         processes = start_two(*words, "--out", str(out))
         done = checkpointed(out)[-1:] if out.exists() else []
-        wait_for(lambda: checkpointed(out)[-1:] > done, processes[dead])  # noqa: B023
+        wait_for(lambda: checkpointed(out)[-1:] > done, processes[dead], 600)  # noqa: B023
         processes[dead].send_signal(signal.SIGKILL)
         killed = time.monotonic()
-        _, err = processes[1 - dead].communicate(timeout=120)
+        _, err = processes[1 - dead].communicate(timeout=300)
         processes[dead].communicate()
         assert time.monotonic() - killed < 60
         assert processes[1 - dead].returncode == 2, err

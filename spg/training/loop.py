@@ -28,7 +28,7 @@ from spg.rollout import Evaluation
 from spg.training import records
 from spg.training.devices import SPLIT, WHOLE, layout, place, program, shardings, tell_idle
 from spg.training.metrics import EMPTY, RETURN, Measure
-from spg.training.processes import agreed, leads, whole
+from spg.training.processes import agreed, leads, meet, whole
 from spg.training.records import RunError
 from spg.training.terminal import Progress
 
@@ -190,6 +190,7 @@ def _run(
         diverged = np.asarray(whole(seeds.diverged))
         progress.start(update * work)
         for begin, end in ahead:
+            meet()
             began = time.perf_counter()
             seeds, metrics = train(seeds, floats, np.int32(begin), np.int32(end - begin))
             metrics = {k: np.asarray(x)[:, : end - begin] for k, x in whole(metrics).items()}

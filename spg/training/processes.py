@@ -4,6 +4,7 @@ Every process runs the same program, on its share of the mesh. The first one alo
 directory: it is given what the others hold, and tells them what it reads.
 """
 
+import itertools
 import os
 import sys
 import traceback
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.random as jr
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
     from spg.training.options import RunConfig
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
-PATIENCE = 3600  # seconds that the others wait for the first one, which draws the pictures
+PATIENCE = 3600  # seconds to wait for one that compiles, or reads, or draws the pictures
+MEETINGS = itertools.count()  # each has a name of its own
 
 
 def join(config: "RunConfig") -> None:
@@ -59,11 +62,18 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
+def meet() -> None:
+    """Wait for the other processes, since sums by gloo wait for 30 seconds only."""
+    if client := distributed.global_state.client:
+        client.wait_at_barrier(f"spg {next(MEETINGS)}", 1000 * PATIENCE)
+
+
 def whole(tree: PyTree) -> PyTree:
     """What the devices of all processes hold, on each as NumPy's arrays and as keys; a collective.
 
     Untouched where there is one process.
     """
+    meet()
 
     def gather(x: Any) -> Any:
         if _is_key(x):
@@ -81,6 +91,7 @@ def agreed(tree: PyTree, like: PyTree) -> PyTree:
     """
     if jax.process_count() == 1:
         return tree
+    meet()
     shapes, structure = jax.tree.flatten(like)
     bare = [jax.eval_shape(jr.key_data, x) if _is_key(x) else x for x in shapes]
     buffer = np.zeros(sum(x.size * x.dtype.itemsize for x in bare), np.uint8)
