@@ -47,6 +47,7 @@ def join(config: "RunConfig") -> None:
             "on Slurm, Open MPI, Kubernetes and Cloud TPU"
         )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # else SIGTERM does not end a process
     try:
         jax.distributed.initialize(
             **told, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=PATIENCE
