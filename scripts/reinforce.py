@@ -88,14 +88,13 @@ def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
 
 def episodes(config: Config, env: Env, kernel: Kernel, key: PRNGKeyArray) -> Transition:
     """`num_envs` rollouts over the horizon, from fresh starts."""
-    reset_key, rollout_key = jr.split(key)
+    start_keys, keys = (jr.split(key, config.num_envs) for key in jr.split(key))
 
-    def run(kernel, reset_key, key):
-        start = reset(kernel, env, key=reset_key)
+    def run(kernel, start, key):
         return rollout(kernel, env, start, num_steps=horizon(config, env), key=key)[1]
 
-    keys = (jr.split(key, config.num_envs) for key in (reset_key, rollout_key))
-    return vmap_envs(run, (None, 0, 0))(kernel, *keys)
+    start = vmap_envs(lambda kernel, key: reset(kernel, env, key=key), (None, 0))
+    return vmap_envs(run, (None, 0, 0))(kernel, start(kernel, start_keys), keys)
 
 
 def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
