@@ -103,19 +103,6 @@ def shardings(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, Carry | Transition))
 
 
-def place(mesh: Mesh, tree: PyTree) -> PyTree:
-    """What is stacked over seeds, and the same on every process, on its devices."""
-    if jax.process_count() == 1:
-        return jax.device_put(tree, shardings(mesh, tree))
-
-    def put(x: Any, sharding: NamedSharding) -> Any:
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding))
-        return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
-
-    return jax.tree.map(put, tree, shardings(mesh, tree))
-
-
 def vmap_envs(f: Callable, in_axes: tuple[int | None, ...]) -> Callable:
     """`jax.vmap` over environments, each of which stays on the device where its data are.
 

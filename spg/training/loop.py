@@ -26,9 +26,9 @@ from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 from spg.kernels.kernel import Kernel
 from spg.rollout import Evaluation
 from spg.training import records
-from spg.training.devices import SPLIT, WHOLE, layout, place, program, shardings, tell_idle
+from spg.training.devices import SPLIT, WHOLE, layout, program, shardings, tell_idle
 from spg.training.metrics import EMPTY, RETURN, Measure
-from spg.training.processes import agreed, leads, meet, whole
+from spg.training.processes import agreed, leads, meet, place, whole
 from spg.training.records import RunError
 from spg.training.terminal import Progress
 
@@ -178,8 +178,8 @@ def _run(
     try:
         began = time.perf_counter()
         # `start` on one device: it runs once, and is compiled once
-        seeds = seeds or start(floats, roots[:, 0])
-        seeds, floats, eval_roots = place(mesh, (seeds, floats, roots[:, 1]))
+        stacked = seeds or start(floats, roots[:, 0]), floats, roots[:, 1]
+        seeds, floats, eval_roots = place(stacked, shardings(mesh, stacked))
         ahead = [*pairwise(m for m in marks if m >= update)]
         if ahead:
             longest = max(end - begin for begin, end in pairwise(marks))

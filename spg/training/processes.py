@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax._src import distributed
@@ -69,6 +70,19 @@ def meet() -> None:
         client.wait_at_barrier(f"spg {next(MEETINGS)}", 1000 * PATIENCE)
 
 
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+    """What every process has alike, on devices: each takes its own part of it."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(x: Any, sharding: jax.sharding.Sharding) -> Any:
+        if _is_key(x):
+            return jr.wrap_key_data(put(jr.key_data(x), sharding))
+        return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
+
+    return jax.tree.map(put, tree, shardings)
+
+
 def whole(tree: PyTree) -> PyTree:
     """What the devices of all processes hold, on each as NumPy's arrays and as keys; a collective.
 
@@ -104,7 +118,7 @@ def agreed(tree: PyTree, like: PyTree) -> PyTree:
     for x, kind in zip(bare, shapes, strict=True):
         begin, end = end, end + x.size * x.dtype.itemsize
         value = buffer[begin:end].view(x.dtype).reshape(x.shape)
-        found.append(jr.wrap_key_data(value) if _is_key(kind) else value)
+        found.append(jr.wrap_key_data(jnp.asarray(value)) if _is_key(kind) else value)
     return jax.tree.unflatten(structure, found)
 
 
@@ -133,9 +147,9 @@ def together() -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return str(error).partition("\n")[0][:200]
 
 
 def _is_key(x: Any) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
