@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from spg.estimators import gpomdp
@@ -34,6 +35,7 @@ from spg.kernels.networks import trainable
 from spg.limits import Count, Fraction, Needs, NonNegative, Positive, Range, Total, check, fits
 from spg.rollout import Carry, Evaluation, evaluation, reset, rollout
 from spg.training import cli, controllers, loop, options
+from spg.training.devices import reduce_envs, vmap_envs
 from spg.training.loop import Report, State
 from spg.types import Env, Transition, critic_view
 from spg.worlds.models import Problem
@@ -151,10 +153,12 @@ def estimate(
         facts = trajs.reward, value, value[:, 1:], trajs.terminated, trajs.truncated
         weight = jax.vmap(lambda *x: advantage(*x))(*(x[:, : config.num_steps - 1] for x in facts))
         weight = jnp.pad(weight, ((0, 0), (0, 1)))  # nothing follows the last action
-        new = gpomdp.collect(alpha, place, returns, num_places=num_places(config, problem))
+        collect = partial(gpomdp.collect, num_places=num_places(config, problem))
+        new = reduce_envs(lax.psum, collect, (0, 0, 0))(alpha, place, returns)
         values = jax.tree.map(lambda old, new: 0.9 * old + new, baseline.values, new)
         baseline = baseline._replace(values=values)
-    gradient = gpomdp.gradient(likelihood, kernel, memory, trajs, weight)
+    ascent = reduce_envs(lax.pmean, partial(gpomdp.gradient, likelihood), (None, 0, 0, 0))
+    gradient = ascent(kernel, memory, trajs, weight)
     return gradient, baseline._replace(reward=0.9 * baseline.reward + 0.1 * mean)
 
 
@@ -169,9 +173,12 @@ def step(config: Config, problem: Problem, env: Env, state: State) -> tuple[Stat
     if config.optimiser == "conjugate":
         params = conjugate.ask(ascent, settings)
     kernel = eqx.combine(params, static)
-    run = partial(rollout, acting(config, kernel), env, num_steps=config.num_steps)
-    rollout_keys = jr.split(rollout_key, config.num_envs)
-    carry, trajs, _ = jax.vmap(lambda c, k: run(c, key=k))(state.world.carry, rollout_keys)
+
+    def run(kernel, carry, key):
+        return rollout(kernel, env, carry, num_steps=config.num_steps, key=key)[:2]
+
+    keys = jr.split(rollout_key, config.num_envs)
+    carry, trajs = vmap_envs(run, (None, 0, 0))(acting(config, kernel), state.world.carry, keys)
     gradient, baseline = estimate(config, problem, kernel, state.world.baseline, trajs)
     gradient, value = eqx.filter(gradient, trainable(kernel)), trajs.reward.mean()
     if config.optimiser == "conjugate":
@@ -223,6 +230,7 @@ def make(config: Config) -> loop.Algorithm:
         evaluate=partial(evaluate, config, env),
         num_updates=config.num_updates,
         steps_per_update=config.num_envs * config.num_steps,
+        num_envs=config.num_envs,
     )
 
 

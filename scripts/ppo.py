@@ -39,6 +39,7 @@ from spg.limits import Count, Fraction, Needs, Range, Total, check
 from spg.rollout import Carry, Episodes, reset, rollout
 from spg.scans import divisors, over_steps, shuffle, split_segments
 from spg.training import cli, loop, options
+from spg.training.devices import take, vmap_envs
 from spg.training.loop import Report, State
 from spg.types import Env, Transition, critic_view, policy_view
 
@@ -123,23 +124,25 @@ def init(
     return State(Learned(*agent, opt_state), carry, key)
 
 
+def collect(
+    config: Config, env: Env, kernel: Kernel, carry: Carry, key: PRNGKeyArray
+) -> tuple[Carry, Transition, Episodes]:
+    """A rollout of every environment, `[N, T, ...]`, and the sums over the episodes that ended."""
+
+    def run(kernel, carry, key):
+        return rollout(kernel, env, carry, num_steps=config.num_steps, key=key)
+
+    keys = jr.split(key, config.num_envs)
+    carry, traj, episodes = vmap_envs(run, (None, 0, 0))(kernel, carry, keys)
+    return carry, traj, jax.tree.map(jnp.sum, episodes)
+
+
 def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     """One update: a rollout of every environment, then epochs of minibatches on it."""
     key, rollout_key, epoch_key = jr.split(state.key, 3)
     carry, traj, episodes = collect(config, env, state.learned.kernel, state.world, rollout_key)
     learned, metrics = learn(config, state.learned, traj, epoch_key)
     return State(learned, carry, key), report(episodes, metrics)
-
-
-def collect(
-    config: Config, env: Env, kernel: Kernel, carry: Carry, key: PRNGKeyArray
-) -> tuple[Carry, Transition, Episodes]:
-    """A rollout of every environment, and the sums over the episodes that ended there."""
-    run = partial(rollout, kernel, env, num_steps=config.num_steps)
-    carry, traj, episodes = jax.vmap(lambda c, k: run(c, key=k))(
-        carry, jr.split(key, config.num_envs)
-    )
-    return carry, traj, jax.tree.map(jnp.sum, episodes)
 
 
 def report(episodes: Episodes, metrics: dict[str, Array]) -> Report:
@@ -165,7 +168,7 @@ def learn(
 
     def epoch(state, key):
         order = shuffle(num_segments, key=key).reshape(config.num_minibatches, -1)
-        return lax.scan(lambda s, i: update(s, jax.tree.map(lambda x: x[i], batch)), state, order)
+        return lax.scan(lambda s, i: update(s, take(batch, i)), state, order)
 
     epoch_keys = jr.split(key, config.num_epochs)
     (agent, opt_state), metrics = lax.scan(epoch, (Agent(kernel, critic), opt_state), epoch_keys)
@@ -272,6 +275,7 @@ def algorithm(
     return cli.in_episodes(
         config, env, name.upper(), name=name, init=init, step=step,
         num_updates=config.num_updates, steps_per_update=steps, first_steps=steps,
+        num_envs=config.num_envs,
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from spg.kernels.networks import trainable
 from spg.limits import Fraction, Needs, Range, Total, check
 from spg.rollout import reset, rollout
 from spg.training import cli, loop, options
+from spg.training.devices import vmap_envs
 from spg.training.loop import Report, State
 from spg.types import Env, Transition, policy_view
 
@@ -87,11 +88,13 @@ def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
 
 def episodes(config: Config, env: Env, kernel: Kernel, key: PRNGKeyArray) -> Transition:
     """`num_envs` rollouts over the horizon, from fresh starts."""
-    reset_key, rollout_key = jr.split(key)
-    start = jax.vmap(lambda k: reset(kernel, env, key=k))(jr.split(reset_key, config.num_envs))
-    run = partial(rollout, kernel, env, num_steps=horizon(config, env))
-    rollout_keys = jr.split(rollout_key, config.num_envs)
-    return jax.vmap(lambda c, k: run(c, key=k))(start, rollout_keys)[1]
+    start_keys, keys = (jr.split(key, config.num_envs) for key in jr.split(key))
+
+    def run(kernel, start, key):
+        return rollout(kernel, env, start, num_steps=horizon(config, env), key=key)[1]
+
+    start = vmap_envs(lambda kernel, key: reset(kernel, env, key=key), (None, 0))
+    return vmap_envs(run, (None, 0, 0))(kernel, start(kernel, start_keys), keys)
 
 
 def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
@@ -136,6 +139,7 @@ def make(config: Config) -> loop.Algorithm:
     return cli.in_episodes(
         config, env, config.estimator, name="reinforce", init=init, step=step,
         num_updates=num_updates(config, env), steps_per_update=steps, first_steps=steps,
+        num_envs=config.num_envs,
     )  # fmt: skip
 
 

@@ -182,11 +182,13 @@ def _notes(hint: Any) -> tuple[Any, ...]:
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
+    bare = kind(hint)
+    parts = get_args(bare)
+    if value is None and type(None) in parts:
+        return
     for note in _notes(hint):
         if isinstance(note, Range):
             note.check(name, value)
-    bare = kind(hint)
-    parts = get_args(bare)
     if get_origin(bare) is Literal and value not in parts:
         near = difflib.get_close_matches(str(value), map(str, parts), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(map(str, parts))}"

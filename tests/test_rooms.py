@@ -28,10 +28,7 @@ PAGE = "importing Orbax, TensorBoard and matplotlib takes seconds, and a page of
 LATE = {
     "envs/brax.py": ({"brax", "brax.io"}, SLOW),
     "training/cli.py": ({"spg.training"}, PAGE),
-    "training/loop.py": (
-        {"spg.training", *(f"spg.training.{x}" for x in ("checkpoints", "events", "resume"))},
-        PAGE,
-    ),
+    "training/loop.py": ({"spg.training.directory", "spg.training.resume"}, PAGE),
     "training/grids.py": ({"spg.training"}, PAGE),
     "training/films.py": ({"spg.envs", "spg.training"}, BACKEND),
     "training/options.py": ({"spg.envs"}, BACKEND),

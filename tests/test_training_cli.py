@@ -47,6 +47,8 @@ def refused(capsys, monkeypatch):
         (["--total-steps=10"], "less than one update"),
         (["--checkpoints=0"], "checkpoints is 0"),
         (["--action-std=0"], "action_std is 0"),
+        (["--shard=envs", "--num-envs=1"], "--shard envs: one environment, or none, cannot be"),
+        (["--num-processes=2"], "--num-processes needs --coordinator-address and --process-id too"),
     ],
 )
 def test_user_errors_are_one_line_and_status_2(arguments, message, refused, tmp_path):

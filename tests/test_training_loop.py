@@ -11,7 +11,6 @@ from walk import Config, make
 
 from spg.training import loop, records, summaries
 from spg.training.checkpoints import Checkpoints
-from spg.training.devices import devices
 from spg.training.metrics import read_metrics
 from spg.training.records import RunError
 
@@ -194,21 +193,3 @@ def test_on_a_terminal_progress_is_one_bar_and_lines_stand_alone(tmp_path, capsy
     assert len(lines) == 2
     assert lines[0].startswith("diverged: seed 2 at update 30")
     assert lines[1].startswith("walk: 100%")
-
-
-@pytest.mark.parametrize(
-    ("num_seeds", "available", "used", "said"),
-    [
-        (4, 4, 4, ""),
-        (8, 4, 4, ""),
-        (3, 4, 3, ""),
-        (5, 4, 1, "5 seeds run on 1 of 4 devices, each with as many seeds; --num-seeds 4 or 8 "),
-        (3, 2, 1, "3 seeds run on 1 of 2 devices, each with as many seeds; --num-seeds 2 or 4 "),
-    ],
-)
-def test_devices_that_stay_idle_are_named(num_seeds, available, used, said, capsys, monkeypatch):
-    monkeypatch.setattr("jax.devices", lambda: list(range(available)))
-    assert len(devices(num_seeds)) == used
-    err = capsys.readouterr().err
-    assert said in err
-    assert bool(said) == bool(err)

@@ -39,7 +39,10 @@ class Checkpoints:
     def __init__(self, directory: Path):
         self._directory = directory.absolute()
         self._blocks = self._directory / "blocks"
-        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        # of several processes one alone writes and reads, and waits for no other
+        alone = ocp.options.MultiprocessingOptions(active_processes={0})
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        self._orbax = ocp.Checkpointer(handler, multiprocessing_options=alone)
 
     def updates(self) -> list[int]:
         """After how many updates there is a checkpoint, the last one first."""

@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from spg import limits
 from spg.rollout import evaluation
-from spg.training import loop, options, records, terminal
+from spg.training import devices, loop, options, processes, records, terminal
 from spg.training.metrics import AVERAGE_REWARD
 from spg.training.options import RunConfig
 from spg.types import Env
@@ -97,25 +97,33 @@ def main(config_type: type[C], make: Callable[[C], loop.Algorithm], *, cores: bo
 
     Ends with status 2 and one line where the user erred, with 130 when interrupted.
     """
-    with terminal.interruptible() as interruption:
+    with terminal.interruptible() as interruption, processes.together():
         try:
             config = parse(config_type)
             limits.check(config)
             options.warn(config)
             keep_programs()
             if cores:
-                use_cores(config.num_seeds)
+                use_cores(sys.maxsize if config.shard == "envs" else config.num_seeds)
+            processes.join(config)
             algorithm = make(config)
-            directory = records.open_run(config, algorithm.name)
+            alone = not algorithm.sharded
+            devices.layout(config.shard, config.num_seeds, algorithm.num_envs, alone=alone)
+            directory = Path(config.out or "")
+            if processes.leads():
+                directory = records.open_run(config, algorithm.name)
         except (ValueError, OSError, records.RunError) as error:
             fail(error)
         again = f"--out {directory} --resume goes on from the last checkpoint"
         interruption.line = f"interrupted; {again}"
-        print(f"{algorithm.title}; run directory {directory}", file=sys.stderr)
+        if processes.leads():
+            print(f"{algorithm.title}; run directory {directory}", file=sys.stderr)
         from spg.training import summaries
 
         try:
-            print(summaries.table(directory, loop.run(config, algorithm, directory)))
+            summary = loop.run(config, algorithm, directory)
+            if processes.leads():
+                print(summaries.table(directory, summary))
         except (records.RunError, OSError) as error:
             fail(error)
 
@@ -167,14 +175,14 @@ def keep_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def use_cores(num_seeds: int) -> None:
-    """Make the cores of a CPU devices, over which the seeds are sharded; call before JAX starts.
+def use_cores(most: int) -> None:
+    """Make cores of a CPU devices, `most` of them at most; call before JAX starts.
 
     A core for each seed is faster than all cores on each small operation.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", min(num_seeds, cores))
+        jax.config.update("jax_num_cpu_devices", min(most, cores))
 
 
 def once(

@@ -20,14 +20,16 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jax.sharding import Mesh
+from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from spg.kernels.kernel import Kernel
 from spg.rollout import Evaluation
-from spg.training import policies, records
-from spg.training.devices import SPLIT, WHOLE, devices, program
-from spg.training.metrics import EMPTY, RETURN, Measure, Table
-from spg.training.records import RunError, writing
+from spg.training import records
+from spg.training.devices import SPLIT, WHOLE, layout, program, shardings, tell_idle
+from spg.training.metrics import EMPTY, RETURN, Measure
+from spg.training.processes import agreed, leads, meet, place, whole
+from spg.training.records import RunError
 from spg.training.terminal import Progress
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ class Algorithm(NamedTuple):
     measure: Measure = RETURN  # what the score is
     floats: Floats = {}  # noqa: RUF012  options whose values no program is compiled for
     sharded: bool = True  # over the devices by seed; GMRES of lineax 0.1.1 does not run so
+    num_envs: int = 1  # of each seed, side by side, which `vmap_envs` may share out to devices
 
 
 class Seeds(NamedTuple):
@@ -101,9 +104,8 @@ def run(config: "RunConfig", algorithm: Algorithm, out: Path) -> dict[str, Any]:
     Raises RunError when no seed is left (Diverged), when another process trains in the directory,
     when it cannot be written, and, on resumption, if what it holds is damaged or does not fit.
     """
-    summary = run_all(config, algorithm, {out: algorithm.floats})[0]
-    assert summary is not None
-    return summary
+    found = run_all(config, algorithm, {out: algorithm.floats})
+    return {} if not found or found[0] is None else found[0]
 
 
 def run_all(
@@ -115,7 +117,7 @@ def run_all(
     every seed diverges there is no summary, None; raises Diverged if that is so everywhere.
     """
     with ExitStack() as locks:
-        for out in points:
+        for out in points if leads() else ():
             locks.enter_context(records.locked(out))
         return _run(config, algorithm, points)
 
@@ -124,13 +126,10 @@ def _run(
     config: "RunConfig", algorithm: Algorithm, points: dict[Path, Floats]
 ) -> list[dict[str, Any] | None]:
     # here: Orbax, TensorBoard and matplotlib take seconds to load, which --help should not
-    from spg.training import summaries
-    from spg.training.checkpoints import Checkpoints
-    from spg.training.events import Events
+    from spg.training.directory import Directory, means
     from spg.training.resume import Snapshot, resume
 
     numbers = np.arange(config.seed, config.seed + config.num_seeds)
-    parts = [slice(i * len(numbers), (i + 1) * len(numbers)) for i in range(len(points))]
     lanes = np.array(
         [f"{out.name}: " * (len(points) > 1) + f"seed {n}" for out in points for n in numbers]
     )
@@ -152,102 +151,108 @@ def _run(
     like = jax.eval_shape(start, *one)
     report = jax.eval_shape(jax.vmap(algorithm.step), one[0], like.state)[1]
     names = _names(algorithm.measure, report)
-    tables = [
-        Table(
-            out / "metrics.csv", seeds=numbers, first_steps=algorithm.first_steps,
-            steps_per_update=algorithm.steps_per_update, metrics=names, measure=algorithm.measure,
-        )
-        for out in points
-    ]  # fmt: skip
-    stores = [Checkpoints(out / "checkpoints") for out in points]
+    outs = points if leads() else ()  # the other processes write nothing
+    directories = [Directory(out, algorithm, numbers, names) for out in outs]
     update, seeds = 0, None
     clock: dict[str, float] = dict.fromkeys(CLOCKS, 0.0)
     if config.resume:
-        update, found, clock = resume(stores, tables, Snapshot.of(like, clock, EMPTY))
-        seeds = jax.tree.map(lambda *x: x[0] if len(x) == 1 else jnp.concatenate(x), *found)
+        if leads():
+            stores, tables = [x.store for x in directories], [x.table for x in directories]
+            update, found, clock = resume(stores, tables, Snapshot.of(like, clock, EMPTY))
+            seeds = jax.tree.map(lambda *x: x[0] if len(x) == 1 else jnp.concatenate(x), *found)
+        update = int(agreed(np.int32(update), np.int32(0)))
+        if update:
+            seeds = agreed(seeds, jax.eval_shape(start, floats, roots[:, 0]))
     else:
-        for table in tables:
-            table.start()
+        for directory in directories:
+            directory.table.start()
 
-    shared = devices(len(lanes), len(points)) if algorithm.sharded else jax.devices()[:1]
+    mesh = layout(config.shard, len(lanes), algorithm.num_envs, alone=not algorithm.sharded)
+    if leads() and algorithm.sharded:
+        tell_idle(mesh, len(lanes), len(points))
     unit = "step" if algorithm.steps_per_update else "update"
-    progress = Progress(algorithm.name, total=algorithm.num_updates * work, unit=unit)
-    events = [Events(out, first=update + 1, say=progress.say) for out in points]
+    total = algorithm.num_updates * work
+    progress = Progress(algorithm.name, total=total, unit=unit, shown=leads())
+    for directory in directories:
+        directory.open_events(update + 1, progress.say)
     try:
         began = time.perf_counter()
         # `start` on one device: it runs once, and is compiled once
-        seeds = seeds or start(floats, roots[:, 0])
-        seeds, floats, eval_roots = program(shared, lambda *x: x)(seeds, floats, roots[:, 1])
+        stacked = seeds or start(floats, roots[:, 0]), floats, roots[:, 1]
+        seeds, floats, eval_roots = place(stacked, shardings(mesh, stacked))
         ahead = [*pairwise(m for m in marks if m >= update)]
         if ahead:
             longest = max(end - begin for begin, end in pairwise(marks))
             size = max(ROWS, 1 << (longest - 1).bit_length())
-            specs, chunk = (SPLIT, SPLIT, WHOLE, WHOLE), partial(_updates, algorithm, size, names)
-            train = program(shared, chunk, specs, donate_argnums=0)
-            train = train.lower(seeds, floats, jnp.int32(0), jnp.int32(0)).compile()
-            evaluate = program(shared, jax.vmap(algorithm.evaluate))
-            evaluate = evaluate.lower(seeds.state, eval_roots).compile()
+            train, evaluate = _compile(algorithm, mesh, size, names, seeds, floats, eval_roots)
         clock["compile_seconds"] += time.perf_counter() - began
 
-        diverged = np.asarray(seeds.diverged)
+        diverged = np.asarray(whole(seeds.diverged))
         progress.start(update * work)
         for begin, end in ahead:
+            meet()
             began = time.perf_counter()
-            seeds, metrics = train(seeds, floats, jnp.int32(begin), jnp.int32(end - begin))
-            metrics = {k: np.asarray(metrics[k])[:, : end - begin] for k in names}
+            seeds, metrics = train(seeds, floats, np.int32(begin), np.int32(end - begin))
+            metrics = {k: np.asarray(x)[:, : end - begin] for k, x in whole(metrics).items()}
             clock["train_seconds"] += time.perf_counter() - began
-            before, diverged = diverged, np.asarray(seeds.diverged)
+            before, diverged = diverged, np.asarray(whole(seeds.diverged))
             scores = ()
             if end in at_checkpoints and not diverged.all():
                 began = time.perf_counter()
-                eval_keys = jax.vmap(partial(jr.fold_in, data=end))(eval_roots)
-                scores = tuple(np.asarray(x) for x in evaluate(seeds.state, eval_keys))
-                scores = tuple(np.where(diverged == 0, x, np.nan) for x in scores)
+                scores = tuple(
+                    np.where(diverged == 0, np.asarray(x), np.nan)
+                    for x in whole(evaluate(seeds.state, eval_roots, np.int32(end)))
+                )
                 clock["evaluate_seconds"] += time.perf_counter() - began
-            evaluated = dict(zip(algorithm.measure.evaluated, scores, strict=False))
-            for part, table, log in zip(parts, tables, events, strict=True):
-                own = {k: x[part] for k, x in metrics.items()}
-                table.append(end, own, tuple(x[part] for x in scores))
-                log.add(end, _means(own | {k: x[part] for k, x in evaluated.items()}))
+            for i, directory in enumerate(directories):
+                own = slice(i * len(numbers), (i + 1) * len(numbers))
+                rows = {k: x[own] for k, x in metrics.items()}
+                directory.append(end, rows, tuple(x[own] for x in scores))
             if diverged.all():
                 raise Diverged(f"every seed diverged: {_named(lanes, diverged)}; {ADVICE}")
             if (new := diverged != before).any():
                 progress.say(f"diverged: {_named(lanes[new], diverged[new])}; {ADVICE}")
             if end in at_checkpoints:
-                for i, (out, store) in enumerate(zip(points, stores, strict=True)):
-                    own = _part(seeds, i, len(points))
-                    store.save(end, Snapshot.of(own, clock, tables[i].mark))
-                    with writing(out / "kernels.npz"):
-                        policies.save(out, jax.vmap(algorithm.kernel)(own.state))
-            score = _means(metrics).get(algorithm.measure.name)
+                held = whole(seeds)
+                for i, directory in enumerate(directories):
+                    directory.save(end, _part(held, i, len(points)), clock)
+            score = means(metrics).get(algorithm.measure.name)
             note = "" if score is None else f"{algorithm.measure.label} {score:.4g}"
             progress.advance((end - begin) * work, note)
     finally:
         progress.close()
-        for log in events:
-            log.close()
-    found = []
-    for i, (out, part) in enumerate(zip(points, parts, strict=True)):
-        finished = np.flatnonzero(diverged[part] == 0)
-        if not len(finished):
-            found.append(None)
-            continue
-        learned = _part(seeds, i, len(points)).state.learned
-        with writing(out):
-            algorithm.export(jax.tree.map(lambda x, rows=finished: x[rows], learned), out)
-            summary = summaries.summarise(
-                out,
-                title=algorithm.title,
-                seeds=numbers[finished].tolist(),
-                diverged={int(numbers[j]): int(x) for j, x in enumerate(diverged[part]) if x},
-                clock={k: x / len(points) for k, x in clock.items()},
-                env_steps=algorithm.first_steps
-                + algorithm.num_updates * algorithm.steps_per_update,
-                first_steps=algorithm.first_steps,
-                facts={"devices": [d.device_kind for d in shared], "jax": jax.__version__},
-            )
-        found.append(summary)
-    return found
+        for directory in directories:
+            directory.close()
+    each = {k: x / len(points) for k, x in clock.items()}
+    facts = {"devices": [d.device_kind for d in mesh.devices.flat], "jax": jax.__version__}
+    learned, ends = whole(seeds.state.learned), diverged.reshape(len(points), -1)
+    return [
+        directory.summarise(_part(learned, i, len(points)), ends[i], each, facts)
+        for i, directory in enumerate(directories)
+    ]
+
+
+def _compile(
+    algorithm: Algorithm,
+    mesh: Mesh,
+    size: int,
+    names: list[str],
+    seeds: Seeds,
+    floats: Floats,
+    roots: Key[Array, " seeds"],
+) -> tuple[Callable, Callable]:
+    """`_updates` in chunks of up to `size`, and evaluations by keys of `roots`, on the mesh."""
+
+    def score(state, root, update):
+        return algorithm.evaluate(state, jr.fold_in(root, update))
+
+    chunk, number = partial(_updates, algorithm, size, names), np.int32(0)
+    out = shardings(mesh, seeds), None
+    specs = SPLIT, SPLIT, WHOLE, WHOLE
+    train = program(mesh, chunk, specs, donate_argnums=0, out_shardings=out)
+    evaluate = program(mesh, jax.vmap(score, (0, 0, None)), (SPLIT, SPLIT, WHOLE))
+    train = train.lower(seeds, floats, number, number).compile()
+    return train, evaluate.lower(seeds.state, roots, number).compile()
 
 
 def _marks(num_updates: int, count: int) -> list[int]:
@@ -306,11 +311,6 @@ def _columns(measure: Measure, report: Report) -> dict[str, Array]:
 def _is_number(x: Array) -> bool:
     """Not a key or an integer."""
     return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _means(columns: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means over seeds and updates, of the columns that have any."""
-    return {k: float(np.nanmean(x)) for k, x in columns.items() if not np.isnan(x).all()}
 
 
 def _named(lanes: np.ndarray, diverged: np.ndarray) -> str:

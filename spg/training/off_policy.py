@@ -35,6 +35,7 @@ from spg.limits import (
 from spg.rollout import Carry, Episodes, reset, rollout
 from spg.scans import divisors
 from spg.training import cli, loop, options, replay
+from spg.training.devices import vmap_envs
 from spg.types import Env, Transition, critic_view, policy_view
 
 BPTT_LENGTH = 32  # L of bptt where none is given
@@ -193,13 +194,14 @@ def collect(
     The episodes are those of environments that do not explore.
     """
 
-    def run(correlation, carry, key):
+    def run(kernel, correlation, carry, key):
         acting = Exploring(kernel, env.spec.num_actions, correlation)
         return rollout(acting, env, carry, num_steps=config.num_steps, key=key)
 
     correlations = config.noise_correlation * (jnp.arange(config.num_envs) % 2)
     keys = jr.split(key, config.num_envs)
-    carry, steps, episodes = jax.vmap(run)(correlations, carry, keys)
+    each = vmap_envs(run, (None, 0, 0, 0))
+    carry, steps, episodes = each(kernel, correlations, carry, keys)
     steps = jax.tree.map(lambda x: x.swapaxes(0, 1), steps)
     episodes = jax.tree.map(lambda x: jnp.where(correlations == 0, x, 0.0).sum(0), episodes)
     action, (z, _), (z_next, _) = jnp.clip(steps.action, -1.0, 1.0), steps.z, steps.z_next
@@ -293,5 +295,5 @@ def algorithm(
         )
     return cli.in_episodes(
         config, env, name.upper(), name=name, init=init, step=step, num_updates=num_updates,
-        steps_per_update=config.rollout_size, first_steps=2 * first,
+        steps_per_update=config.rollout_size, first_steps=2 * first, num_envs=config.num_envs,
     )  # fmt: skip

@@ -21,19 +21,38 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from spg import limits
 from spg.kernels.factory import make_kernel
 from spg.limits import Count, Needs, NonNegative, Range, Seed
+from spg.training.devices import Shard
 from spg.types import Env, Spec
 from spg.worlds import WORLDS, read_pomdp
 from spg.worlds.models import Problem
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class ProcessConfig:
+    """One training in several processes, each started with the same command line"""
+
+    distributed: bool = False
+    """join the other processes, which Slurm, Open MPI, Kubernetes and Cloud TPU tell of; JAX's
+    jax.distributed.initialize"""
+    coordinator_address: str | None = None
+    """of the first process, with a port that is free there, as 10.0.0.1:1234"""
+    num_processes: Annotated[int | None, Range(1, 2**20, whole=True)] = None
+    """how many there are"""
+    process_id: Annotated[int | None, Range(0, 2**20, whole=True)] = None
+    """of this one; 0 is the first, which writes the run directory"""
+
+
+@dataclass(frozen=True)
+class RunConfig(ProcessConfig):
     """The run, e.g. --num-seeds 8 --out runs/first, and later the same with --resume."""
 
     seed: Seed = 0
     """of the first training; the others take the next integers"""
     num_seeds: Count = 4
     """independent trainings, vmapped into one program"""
+    shard: Shard = "auto"
+    """what the devices share: seeds, and where some are left the environments of each; seeds alone;
+    or environments alone, on a CPU also the cores"""
     out: str | None = None
     """directory of the run; by default a new one under runs/"""
     resume: bool = False
@@ -93,6 +112,7 @@ GROUPS = {
     "Grid": "grid",
     "Config": "training",
     "RunConfig": "run",
+    "ProcessConfig": "processes",
 }
 """The headings of a help page, by the class that declares the options."""
 CACHE = """

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-UNSAVED = ("out", "resume")  # fields of a configuration that may differ on resumption
+PROCESSES = "distributed", "coordinator_address", "num_processes", "process_id"
+UNSAVED = ("out", "resume", *PROCESSES)  # fields of a configuration that may differ on resumption
 C = TypeVar("C")
 
 

@@ -9,6 +9,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
+from spg.training import devices
 from spg.types import Transition
 
 
@@ -80,7 +81,7 @@ def holds(size: int, num_columns: int, *, num_segments: int, length: int) -> boo
 
 def take(ring: Ring, place: Place) -> Transition:
     """The steps at these places, `[S, L, ...]`."""
-    return jax.tree.map(lambda x: x[place.row, place.column], ring.steps)
+    return devices.take(ring.steps, (place.row, place.column))
 
 
 def refresh(ring: Ring, place: Place, z_next: PyTree, *, share: float = 1.0) -> Ring:
@@ -92,7 +93,7 @@ def refresh(ring: Ring, place: Place, z_next: PyTree, *, share: float = 1.0) -> 
     """
     steps, column = ring.steps, place.column
     after = (place.row + 1) % ring.capacity
-    apart = place.newest | steps.first[after, column]
+    apart = place.newest | devices.everywhere(steps.first[after, column])
     nowhere = ring.capacity + jnp.arange(apart.size).reshape(apart.shape)  # each its own
     after = jnp.where(apart, nowhere, after)
 
@@ -103,6 +104,7 @@ def refresh(ring: Ring, place: Place, z_next: PyTree, *, share: float = 1.0) -> 
     # for another purpose after they are overwritten, and copies the whole ring to be able to
     stale = take(ring, place).z_next
     z_next = jax.tree.map(lambda old, new: (1 - share) * old + share * new, stale, z_next)
+    z_next = devices.everywhere(z_next)
     z = jax.tree.map(put(after), steps.z, z_next)
     z_next = jax.tree.map(put(place.row), steps.z_next, z_next)
     return ring._replace(steps=steps._replace(z=z, z_next=z_next))

@@ -16,11 +16,11 @@ INTERVAL = 30.0  # seconds between two lines in a file, unless a tenth is done s
 class Progress:
     """On a terminal one bar, in a file a line every so often."""
 
-    def __init__(self, name: str, *, total: int, unit: str):
-        self._name, self._total, self._unit = name, total, unit
+    def __init__(self, name: str, *, total: int, unit: str, shown: bool = True):
+        self._name, self._total, self._unit, self._shown = name, total, unit, shown
         self._bar = tqdm(
             total=total, unit=unit, unit_scale=True, desc=f"{name}: compiling", smoothing=0.1,
-            disable=not sys.stderr.isatty(),
+            disable=not (shown and sys.stderr.isatty()),
         )  # fmt: skip
         self._done = self._began_at = 0
         self._began = self._told = time.monotonic()
@@ -52,9 +52,10 @@ class Progress:
 
     def say(self, line: str) -> None:
         """A line of its own."""
-        self._bar.clear()
-        print(line, file=sys.stderr, flush=True)
-        self._bar.refresh()
+        if self._shown:
+            self._bar.clear()
+            print(line, file=sys.stderr, flush=True)
+            self._bar.refresh()
 
     def close(self) -> None:
         self._bar.close()

@@ -1,0 +1,155 @@
+"""Several processes that train together, each with devices of its own, by JAX's own runtime.
+
+Every process runs the same program, on its share of the mesh. The first one alone has the run
+directory: it is given what the others hold, and tells them what it reads.
+"""
+
+import itertools
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax._src import distributed
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+from spg.training.records import PROCESSES
+
+if TYPE_CHECKING:
+    from spg.training.options import RunConfig
+
+HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
+PATIENCE = 3600  # seconds to wait for one that compiles, or reads, or draws the pictures
+MEETINGS = itertools.count()  # each has a name of its own
+
+
+def join(config: "RunConfig") -> None:
+    """Become one of the processes that `config` tells of; call before JAX starts.
+
+    Raises ValueError for what is not told, and if the others do not come.
+    """
+    names = PROCESSES[1:]
+    told = {name: getattr(config, name) for name in names}
+    said = [name for name in names if told[name] is not None]
+    if not (config.distributed or said):
+        return
+    flags = {name: f"--{name.replace('_', '-')}" for name in names}
+    if said and not config.distributed and len(said) < len(names):
+        lack = " and ".join(flags[name] for name in names if name not in said)
+        raise ValueError(
+            f"{flags[said[0]]} needs {lack} too; or --distributed, which finds what is not told "
+            "on Slurm, Open MPI, Kubernetes and Cloud TPU"
+        )
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # else SIGTERM does not end a process
+    try:
+        jax.distributed.initialize(
+            **told, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=PATIENCE
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--distributed: {_line(error)}; {', '.join(flags.values())} tell what is not found"
+        ) from error
+
+
+def leads() -> bool:
+    """Whether this process has the run directory."""
+    return jax.process_index() == 0
+
+
+def meet() -> None:
+    """Wait for the other processes, since sums by gloo wait for 30 seconds only."""
+    if client := distributed.global_state.client:
+        client.wait_at_barrier(f"spg {next(MEETINGS)}", 1000 * PATIENCE)
+
+
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+    """What every process has alike, on devices: each takes its own part of it."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(x: Any, sharding: jax.sharding.Sharding) -> Any:
+        if _is_key(x):
+            return jr.wrap_key_data(put(jr.key_data(x), sharding))
+        return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def whole(tree: PyTree) -> PyTree:
+    """What the devices of all processes hold, on each as NumPy's arrays and as keys; a collective.
+
+    Untouched where there is one process.
+    """
+    meet()
+
+    def gather(x: Any) -> Any:
+        if _is_key(x):
+            return jr.wrap_key_data(gather(jr.key_data(x)))
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return tree if jax.process_count() == 1 else jax.tree.map(gather, tree)
+
+
+def agreed(tree: PyTree, like: PyTree) -> PyTree:
+    """What the first process has, on all; `like` gives shapes and dtypes; a collective.
+
+    As bytes, since sums of zeros and floats are not always those floats. Untouched where there is
+    one process.
+    """
+    if jax.process_count() == 1:
+        return tree
+    meet()
+    shapes, structure = jax.tree.flatten(like)
+    bare = [jax.eval_shape(jr.key_data, x) if _is_key(x) else x for x in shapes]
+    buffer = np.zeros(sum(x.size * x.dtype.itemsize for x in bare), np.uint8)
+    if leads():
+        leaves = [jr.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(tree)]
+        parts = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in leaves]
+        buffer = np.concatenate(parts)
+    buffer, end, found = np.asarray(multihost_utils.broadcast_one_to_all(buffer)), 0, []
+    for x, kind in zip(bare, shapes, strict=True):
+        begin, end = end, end + x.size * x.dtype.itemsize
+        value = buffer[begin:end].view(x.dtype).reshape(x.shape)
+        found.append(jr.wrap_key_data(jnp.asarray(value)) if _is_key(kind) else value)
+    return jax.tree.unflatten(structure, found)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """An error ends this process at once, and so the others too, which would wait for it."""
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        status = error.code if isinstance(error, SystemExit) else 1
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            status = 2
+            print(
+                f"error: process {jax.process_index()} of {jax.process_count()} cannot go on, "
+                f"another one may have ended: {_line(error)}; started again, all of them, --resume "
+                "goes on from the last checkpoint",
+                file=sys.stderr,
+            )
+        elif not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
+    jax.distributed.shutdown()
+
+
+def _line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
