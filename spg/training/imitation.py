@@ -40,7 +40,10 @@ def open_demonstrations(config: Any, *, least: int) -> Demonstrations:
 
 
 def measured(algorithm: Algorithm, expert: Demonstrations) -> Algorithm:
-    """The algorithm, judged by `Demonstrations.fraction`; plain returns are among the metrics."""
+    """The algorithm, judged by `Demonstrations.fraction`; plain returns are among the metrics.
+
+    Devices share its seeds alone: the demonstrations are whole on each.
+    """
 
     def step(floats, state):
         state, report = algorithm.step(floats, state)
@@ -51,4 +54,4 @@ def measured(algorithm: Algorithm, expert: Demonstrations) -> Algorithm:
         found = algorithm.evaluate(state, key)
         return type(found)(*map(expert.fraction, found))
 
-    return algorithm._replace(step=step, evaluate=evaluate, measure=FRACTION)
+    return algorithm._replace(step=step, evaluate=evaluate, measure=FRACTION, num_envs=1)
