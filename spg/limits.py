@@ -184,7 +184,8 @@ def _notes(hint: Any) -> tuple[Any, ...]:
 def _check(name: str, value: Any, hint: Any) -> None:
     bare = kind(hint)
     parts = get_args(bare)
-    if value is None and type(None) in parts:
+    unsaid = value is None and type(None) in parts
+    if unsaid:
         return
     for note in _notes(hint):
         if isinstance(note, Range):

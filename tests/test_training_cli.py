@@ -47,7 +47,7 @@ def refused(capsys, monkeypatch):
         (["--total-steps=10"], "less than one update"),
         (["--checkpoints=0"], "checkpoints is 0"),
         (["--action-std=0"], "action_std is 0"),
-        (["--shard=envs", "--num-envs=1"], "--shard envs: this training has no environments"),
+        (["--shard=envs", "--num-envs=1"], "--shard envs: this training has no two environments"),
         (["--num-processes=2"], "--num-processes needs --coordinator-address and --process-id too"),
     ],
 )

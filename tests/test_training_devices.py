@@ -40,7 +40,7 @@ def test_seeds_come_first_and_environments_take_what_is_left(
     ("num_envs", "message"),
     [
         (6, "6 environments cannot be shared out evenly to 4 devices; --num-envs 8 could"),
-        (1, "this training has no environments that devices could share"),
+        (1, "this training has no two environments for two devices"),
     ],
 )
 def test_environments_that_cannot_be_shared_out_are_refused(num_envs, message):

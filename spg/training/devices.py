@@ -72,7 +72,7 @@ def sizes(shard: Shard, num_seeds: int, num_envs: int, count: int) -> tuple[int,
     seeds = 1 if shard == "envs" else largest_divisor(num_seeds, count)
     envs = 1 if shard == "seeds" else largest_divisor(num_envs, count // seeds)
     if shard == "envs" and num_envs == 1:
-        raise ValueError("--shard envs: this training has no environments that devices could share")
+        raise ValueError("--shard envs: this training has no two environments for two devices")
     if shard == "envs" and envs < count:
         raise ValueError(
             f"--shard envs: {num_envs} environments cannot be shared out evenly to {count} "
