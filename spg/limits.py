@@ -184,8 +184,7 @@ def _notes(hint: Any) -> tuple[Any, ...]:
 def _check(name: str, value: Any, hint: Any) -> None:
     bare = kind(hint)
     parts = get_args(bare)
-    unsaid = value is None and type(None) in parts
-    if unsaid:
+    if type(None) in parts and value is None:
         return
     for note in _notes(hint):
         if isinstance(note, Range):

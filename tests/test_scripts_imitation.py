@@ -151,7 +151,7 @@ def test_demonstrations_of_a_run_are_made_and_imitated(tmp_path, monkeypatch, ca
     """The command without arguments trains its expert once; clone.py takes what it leaves."""
     monkeypatch.chdir(tmp_path)
     tiny = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "total_steps": 16, "hidden": (4,)}
-    params = {"env_params": {"max_steps_in_episode": 4}}
+    params = {"env_params": {"max_steps_in_episode": 4.0}}
     config = replace(demonstrate.DEFAULT, checkpoints=1, eval_episodes=1, **tiny, **params)
     monkeypatch.setattr(demonstrate, "DEFAULT", config)
     for sampled in (False, True):
