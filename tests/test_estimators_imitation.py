@@ -249,11 +249,11 @@ def test_the_likelihood_of_draws_is_a_bound_that_tightens():
         found = jax.jit(jax.vmap(lambda key: one(key=key)))(jr.split(jr.key(2), 8000))
         return found.mean(), 4 * found.std() / 8000**0.5
 
-    one, few, many = mean(1), mean(4), mean(256)
+    one, few, many = mean(1), mean(4), mean(64)
     assert abs(one[0] - bound) < one[1]
     assert one[0] + one[1] < few[0] - few[1]
     assert few[0] + few[1] < many[0]
-    assert abs(many[0] - exact) < 0.01 < exact - bound
+    assert abs(many[0] - exact) < 0.03 < exact - bound
 
 
 def test_the_likelihood_of_a_computed_memory_is_exact_with_its_gradient():

@@ -85,6 +85,7 @@ class Bribed:
         return self.environment.spec(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "config"), [(gail, GAIL), (lsiq, LSIQ)])
 def test_the_reward_of_the_environment_is_not_learned_from(script, config):
     env = options.make_env(config)
