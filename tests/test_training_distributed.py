@@ -76,9 +76,12 @@ def test_when_one_process_is_killed_the_other_says_so_and_both_can_resume(tmp_pa
         _, err = processes[1 - dead].communicate(timeout=300)
         processes[dead].communicate()
         assert time.monotonic() - killed < 60
-        assert processes[1 - dead].returncode == 2, err
-        assert f"error: process {1 - dead} of 2 cannot go on, another one may have ended" in err
-        assert "Traceback" not in err
+        if processes[1 - dead].returncode == 2:
+            assert f"error: process {1 - dead} of 2 cannot go on, another one may have ended" in err
+            assert "Traceback" not in err
+        else:  # JAX's runtime has noticed first, and aborts
+            assert processes[1 - dead].returncode == -signal.SIGABRT, err
+            assert "distributed service detected fatal errors" in err
         words = (WALK[0], "--resume")
     finish(*start_two(*words, "--out", str(out)))
     assert_same_run(tmp_path / "whole", out)
