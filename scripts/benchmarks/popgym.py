@@ -81,7 +81,7 @@ def mmer(directory: Path) -> Float[np.ndarray, " seeds"]:
 
 
 def picture(path: Path, rows: list[dict[str, Any]], methods: tuple[str, ...]) -> None:
-    """Each task's MMER, means over seeds and their range; on top the means over the tasks."""
+    """Each task's MMER, means over seeds and their range; the legend has the means over tasks."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure = Figure(figsize=(7.2, 1.4 + 0.4 * len(tasks)), layout="constrained")
     axes = figure.subplots()
@@ -95,7 +95,10 @@ def picture(path: Path, rows: list[dict[str, Any]], methods: tuple[str, ...]) ->
             label=f"{method}, mean over tasks {mean.mean():.3f}",
         )  # fmt: skip
     axes.set_yticks([-i for i in range(len(tasks))], tasks)
-    axes.set(xlabel="maximum mean episodic return; bars are the range of the seeds")
+    axes.set(
+        xlabel="maximum mean episodic return; bars are the range of the seeds",
+        ylim=(0.5 - len(tasks), 0.5),
+    )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)
