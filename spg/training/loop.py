@@ -25,6 +25,7 @@ from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from spg.kernels.kernel import Kernel
 from spg.rollout import Evaluation
+from spg.scans import over_steps
 from spg.training import records
 from spg.training.devices import SPLIT, WHOLE, layout, program, shardings, tell_idle
 from spg.training.metrics import EMPTY, RETURN, Measure
@@ -286,7 +287,7 @@ def _updates(
 
     def body(i, carry):
         seeds, buffer = carry
-        seeds, columns = jax.vmap(partial(step, begin + i + 1))(seeds, floats)
+        seeds, columns = over_steps(partial(step, begin + i + 1))(seeds, floats)
         return seeds, {k: buffer[k].at[:, i].set(columns[k]) for k in names}
 
     buffer = {k: jnp.zeros((len(seeds.diverged), size)) for k in names}
