@@ -7,7 +7,7 @@ directory: `config.json`, `metrics.csv`, `summary.json`,
 `curve.png`, `checkpoints/`, `kernels.npz`, TensorBoard events, and what else the algorithm exports.
 """
 
-import time
+import time, os
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -285,13 +285,25 @@ def _updates(
         columns = {k: jnp.where(healthy, v, jnp.nan) for k, v in columns.items()}
         return Seeds(state._replace(learned=learned), diverged), columns
 
-    def body(i, carry):
-        seeds, buffer = carry
-        seeds, columns = over_steps(partial(step, begin + i + 1))(seeds, floats)
-        return seeds, {k: buffer[k].at[:, i].set(columns[k]) for k in names}
+    def body(i, carry, floats):
+        seed, rows = carry
+        seed, columns = step(begin + i + 1, seed, floats)
+        return seed, {k: rows[k].at[i].set(columns[k]) for k in names}
 
-    buffer = {k: jnp.zeros((len(seeds.diverged), size)) for k in names}
-    return lax.fori_loop(0, count, body, (seeds, buffer))
+    def chunk(seed, floats):
+        rows = {k: jnp.zeros(size) for k in names}
+        return lax.fori_loop(0, count, lambda i, carry: body(i, carry, floats), (seed, rows))
+
+    if os.environ.get("VM"):
+        return jax.vmap(chunk)(seeds, floats)
+    def one(i, carry):
+        seeds, buffer = carry
+        at = lambda tree: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+        new = chunk(at(seeds), at(floats))
+        return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), carry, new)
+    n = len(seeds.diverged)
+    buffer = {k: jnp.zeros((n, size)) for k in names}
+    return lax.fori_loop(0, n, one, (seeds, buffer))
 
 
 def _names(measure: Measure, report: Report) -> list[str]:
