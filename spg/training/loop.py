@@ -2,12 +2,13 @@
 
 An algorithm is `init(floats, key) -> State` and `step(floats, state) -> (State, Report)`, pure,
 with all its randomness in the state; `floats` are options that are arguments of the program. `run`
-vmaps it over seeds, shards these over devices, compiles a chunk of updates once, and keeps a run
-directory: `config.json`, `metrics.csv`, `summary.json`,
-`curve.png`, `checkpoints/`, `kernels.npz`, TensorBoard events, and what else the algorithm exports.
+shards seeds over devices, vmaps it over those of a device (on a CPU it takes them in turn),
+compiles a chunk of updates once, and keeps a run directory: `config.json`, `metrics.csv`,
+`summary.json`, `curve.png`, `checkpoints/`, `kernels.npz`, TensorBoard events, and what else the
+algorithm exports.
 """
 
-import time, os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -285,25 +286,26 @@ def _updates(
         columns = {k: jnp.where(healthy, v, jnp.nan) for k, v in columns.items()}
         return Seeds(state._replace(learned=learned), diverged), columns
 
-    def body(i, carry, floats):
-        seed, rows = carry
-        seed, columns = step(begin + i + 1, seed, floats)
-        return seed, {k: rows[k].at[i].set(columns[k]) for k in names}
+    def train(seed, floats):
+        def body(i, carry):
+            seed, rows = carry
+            seed, columns = step(begin + i + 1, seed, floats)
+            return seed, {k: rows[k].at[i].set(columns[k]) for k in names}
 
-    def chunk(seed, floats):
         rows = {k: jnp.zeros(size) for k in names}
-        return lax.fori_loop(0, count, lambda i, carry: body(i, carry, floats), (seed, rows))
+        return lax.fori_loop(0, count, body, (seed, rows))
 
-    if os.environ.get("VM"):
-        return jax.vmap(chunk)(seeds, floats)
-    def one(i, carry):
-        seeds, buffer = carry
-        at = lambda tree: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
-        new = chunk(at(seeds), at(floats))
-        return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), carry, new)
-    n = len(seeds.diverged)
-    buffer = {k: jnp.zeros((n, size)) for k in names}
-    return lax.fori_loop(0, n, one, (seeds, buffer))
+    if jax.default_backend() != "cpu":
+        return over_steps(train)(seeds, floats)
+
+    # a core is not faster with several seeds at once, whose products are slower side by side
+    def turn(i, carry):
+        own = jax.tree.map(lambda x: x[i], (carry[0], floats))
+        put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)
+        return jax.tree.map(put, carry, train(*own))
+
+    rows = {k: jnp.zeros((len(seeds.diverged), size)) for k in names}
+    return lax.fori_loop(0, len(seeds.diverged), turn, (seeds, rows))
 
 
 def _names(measure: Measure, report: Report) -> list[str]:
