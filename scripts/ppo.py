@@ -27,7 +27,7 @@ from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
 from spg.distributions import Normal
-from spg.estimators.mixed import MixedTerms, mixed_surrogate, value_slope
+from spg.estimators.mixed import mixed_surrogate, mixed_terms
 from spg.estimators.returns import gae
 from spg.estimators.statistics import observe, observe_critic, start_statistics
 from spg.estimators.surrogate import ppo_surrogate
@@ -194,11 +194,10 @@ def weigh(
     target, scale = value + advantage, advantage.std() + 1e-8
     normal = lambda x: (x - x.mean()) / scale
     explained = 1 - jnp.var(target - value) / (jnp.var(target) + 1e-8)
-    parts: Any = None
+    parts = ()
     if config.mixed:
         delta = advantages(0.0)
-        slope = jax.vmap(partial(value_slope, critic, gamma=config.gamma))(traj) / scale
-        parts = normal(delta), normal(advantage - delta), slope
+        parts = normal(delta), normal(advantage - delta)
 
     length = config.length(config.num_steps)
     split = jax.vmap(partial(split_segments, segment_length=length))
@@ -207,9 +206,12 @@ def weigh(
         lambda x: x.reshape(num_segments, *x.shape[2:]),
         split((traj, normal(advantage), target, parts)),
     )
-    old: Any = jax.vmap(kernel.log_prob)(segments)
+    old: Any
     if config.mixed:
-        old = MixedTerms(old, jax.vmap(kernel.state_distribution)(segments), *parts)
+        scaled = lambda obs, z: critic(obs, z) / scale
+        old = jax.vmap(partial(mixed_terms, kernel, scaled, gamma=config.gamma))(segments, *parts)
+    else:
+        old = jax.vmap(kernel.log_prob)(segments)
     return (segments, old, advantage, target), explained
 
 
@@ -223,11 +225,13 @@ def gradient_step(
     def loss(params):
         agent = eqx.combine(params, fixed)
         segments, old, advantage, target = batch
-        new = jax.vmap(agent.kernel.log_prob)(segments)
         if config.mixed:
-            one = partial(mixed_surrogate, agent.kernel, clip=config.clip)
-            surrogate = jax.vmap(one)(segments, new, old)
+            memory = jax.vmap(agent.kernel.state_distribution)(segments)
+            new = jax.vmap(agent.kernel.log_prob)(segments, memory)
+            one = partial(mixed_surrogate, clip=config.clip)
+            surrogate = jax.vmap(one)(segments, new, memory, old)
         else:
+            new = jax.vmap(agent.kernel.log_prob)(segments)
             surrogate = ppo_surrogate(new, old, advantage, clip=config.clip)
         value = jax.vmap(over_steps(agent.critic))(segments.obs, segments.z)
         value_loss = 0.5 * jnp.mean(((value - target) / agent.critic.scale) ** 2)

@@ -92,11 +92,11 @@ class Normal(eqx.Module):
         return self.loc
 
     def log_prob(self, x: Inexact[Array, " n"]) -> Float[Array, ""]:
-        return self._log_density((x - self.loc) / self.std)
+        return self._log_density(self.noise(x))
 
-    def follow(self, x: Inexact[Array, " n"], old: "Normal") -> Inexact[Array, " n"]:
-        """Where the draw `x` of `old` would lie here, for the same noise."""
-        return self.at((x - old.loc) / old.std)
+    def noise(self, x: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
+        """The standard normal noise of which x is the draw."""
+        return (x - self.loc) / self.std
 
     def near(self, *, share: Scalar, limit: Scalar, key: PRNGKeyArray) -> Inexact[Array, " n"]:
         """loc + std · clip(share · ε, ±limit) with ε standard normal."""

@@ -11,7 +11,7 @@ import pytest
 from conftest import assert_trees_close, largest_difference, make_kernel, make_trajectory
 
 from scripts import ppo
-from spg.estimators.mixed import MixedTerms, mixed_surrogate, value_slope
+from spg.estimators.mixed import mixed_surrogate, mixed_terms
 from spg.estimators.surrogate import ppo_surrogate
 from spg.kernels.critics import Critic
 from spg.kernels.networks import Flat
@@ -23,12 +23,12 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 GAMMA, STD, ACTIONS = 0.9, 0.3, 2
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(40)
+DELTA, REST = np.random.default_rng(0).normal(size=(2, 12))
 
 
-def record(kernel, critic, steps, delta, rest):
-    score = kernel.log_prob(steps)
-    slope = value_slope(critic, steps, gamma=GAMMA)
-    return score, MixedTerms(score, kernel.state_distribution(steps), delta, rest, slope)
+def objective(kernel, steps, old, clip):
+    state = kernel.state_distribution(steps)
+    return mixed_surrogate(steps, kernel.log_prob(steps, state), state, old, clip=clip)
 
 
 def make_critic(kernel, obs_size=2):
@@ -66,11 +66,10 @@ def test_the_expected_gradient_is_that_of_the_score(name):
     rest = jnp.sin(3 * flat[:, 0]) * flat[:, 1] + 2.0 * action  # any function of what follows
 
     def gradients(kernel):
-        old = record(kernel, critic, steps, delta, rest)[1]
+        old = mixed_terms(kernel, critic, steps, delta, rest, gamma=GAMMA)
 
         def mixed(kernel):
-            new = kernel.log_prob(steps)
-            return weight @ mixed_surrogate(kernel, steps, new, old, clip=0.2).objective
+            return weight @ objective(kernel, steps, old, 0.2).objective
 
         def score(kernel):
             new = kernel.log_prob(steps)
@@ -84,17 +83,29 @@ def test_the_expected_gradient_is_that_of_the_score(name):
 
 
 @pytest.mark.parametrize("name", ["linear", "lru"])
-def test_slope_of_the_value_is_its_central_difference(name):
+def test_slope_is_the_central_difference_of_what_the_action_and_the_value_bring(name):
     kernel = make_kernel(name, jr.key(0), state_std=STD)
     critic, steps = make_critic(kernel), make_trajectory(kernel, jr.key(1))
-    slope = jax.jit(lambda: jax.vmap(Flat())(value_slope(critic, steps, gamma=GAMMA)))()
-    assert np.all(np.asarray(slope)[np.asarray(steps.terminated)] == 0)
+    delta = jnp.asarray(DELTA)
+    terms = partial(mixed_terms, kernel, critic, steps, delta, delta, gamma=GAMMA)
+    slope = jax.jit(lambda: jax.vmap(Flat())(terms().slope))()
     units = [1e-5, 1e-5j] if name == "lru" else np.eye(2) * 1e-5
-    value = jax.jit(lambda u: GAMMA * jax.vmap(critic)(steps.final_obs, steps.z_next + u))
-    truth = np.stack([(value(u) - value(-u)) / 2e-5 for u in units], -1)
-    truth[np.asarray(steps.terminated)] = 0
+
+    @jax.jit
+    def brought(u):
+        value = jax.vmap(critic)(steps.final_obs, steps.z_next + u)
+        action = kernel.log_prob_action(steps, steps.z_next + u)
+        return delta * action, GAMMA * value
+
+    action, value = (np.stack(x, -1) for x in zip(*map(difference(brought), units), strict=True))
+    truth = action + np.where(np.asarray(steps.terminated)[:, None], 0, value)
     assert np.allclose(slope, truth, atol=1e-9)
-    assert np.abs(truth).max() > 1e-2
+    assert min(np.abs(action).max(), np.abs(value).max()) > 1e-2
+
+
+def difference(f):
+    """Of f's values, central."""
+    return lambda u: [(np.asarray(a) - b) / 2e-5 for a, b in zip(f(u), f(-u), strict=True)]
 
 
 def worse(log_ratio, advantage, clip):
@@ -106,19 +117,16 @@ def slow_objective(kernel, old, step, slope, delta, rest, clip):
     """Of one step, entry by entry, as the docstring says."""
     before, now = old.cell(step.obs, step.z), kernel.cell(step.obs, step.z)
     followed = now.loc + now.std * (step.z_next - before.loc) / before.std
-    recorded = old.head(step.obs, step.z_next).log_prob(step.action)
-    change = lambda z: kernel.head(step.obs, z).log_prob(step.action) - recorded
-    joint = change(step.z_next) + now.log_prob(step.z_next) - before.log_prob(step.z_next)
-    total = worse(change(followed), delta, clip) + worse(joint, rest, clip)
+    log_prob = lambda kernel: kernel.head(step.obs, step.z_next).log_prob(step.action)
+    change = log_prob(kernel) - log_prob(old)
+    joint = change + now.log_prob(step.z_next) - before.log_prob(step.z_next)
+    total = worse(change, delta, clip) + worse(joint, rest, clip)
     parts = (np.real, np.imag) if np.iscomplexobj(step.z) else (np.real,)
     for part, i in product(parts, range(step.z.size)):
         move, bound = float(part(followed[i] - step.z_next[i])), clip * float(before.std[i])
         along = float(part(slope[i]))
         total += min(along * move, along * float(np.clip(move, -bound, bound)))
     return total
-
-
-DELTA, REST = np.random.default_rng(0).normal(size=(2, 12))
 
 
 @pytest.mark.parametrize(("name", "clip"), [("linear", 0.05), ("linear", 0.5), ("lru", 0.5)])
@@ -130,12 +138,12 @@ def test_away_from_the_recorded_policy_moves_are_clipped(name, clip):
     critic, steps = make_critic(old), make_trajectory(old, jr.key(1))
 
     @eqx.filter_jit
-    def objective(kernel, clip):
-        recorded = record(old, critic, steps, jnp.asarray(DELTA), jnp.asarray(REST))[1]
-        new = kernel.log_prob(steps)
-        return recorded, mixed_surrogate(kernel, steps, new, recorded, clip=clip)
+    def both(kernel, clip):
+        parts = jnp.asarray(DELTA), jnp.asarray(REST)
+        recorded = mixed_terms(old, critic, steps, *parts, gamma=GAMMA)
+        return recorded, objective(kernel, steps, recorded, clip)
 
-    recorded, out = objective(kernel, clip)
+    recorded, out = both(kernel, clip)
     truth = [
         slow_objective(
             kernel, old, jax.tree.map(itemgetter(t), steps), slope, DELTA[t], REST[t], clip
@@ -150,12 +158,11 @@ def test_away_from_the_recorded_policy_moves_are_clipped(name, clip):
 def test_a_state_that_cannot_follow_is_refused():
     kernel = make_kernel("finite", jr.key(0))
     steps = make_trajectory(kernel, jr.key(1))
-    new = kernel.log_prob(steps)
-    old = MixedTerms(new, kernel.state_distribution(steps), new.z, new.z, new.z)
+    delta = jnp.zeros(steps.first.shape)
     with pytest.raises(
         TypeError, match="only a Normal z' can follow V; the cell draws Categorical"
     ):
-        mixed_surrogate(kernel, steps, new, old, clip=0.2)
+        mixed_terms(kernel, lambda obs, z: 0.0, steps, delta, delta, gamma=GAMMA)
 
 
 def test_ppo_divides_what_it_has_into_parts_that_make_up_the_advantage():
@@ -172,10 +179,13 @@ def test_ppo_divides_what_it_has_into_parts_that_make_up_the_advantage():
         value = jax.vmap(jax.vmap(critic))
         ahead = value(traj.final_obs, traj.z_next)
         delta = traj.reward + config.gamma * ~traj.terminated * ahead - value(traj.obs, traj.z)
-        slope = jax.vmap(jax.vmap(jax.grad(lambda z, o: critic(o, z))))(traj.z_next, traj.final_obs)
-        return ppo.weigh(config, kernel, critic, traj)[0], traj, delta, slope
+        by_value = jax.grad(lambda z, step: critic(step.final_obs, z))
+        seen = kernel.normalizer
+        by_action = jax.grad(lambda z, step: kernel.head(seen(step.obs), z).log_prob(step.action))
+        slopes = [jax.vmap(jax.vmap(f))(traj.z_next, traj) for f in (by_action, by_value)]
+        return ppo.weigh(config, kernel, critic, traj)[0], traj, delta, slopes
 
-    (segments, old, advantage, _), traj, delta, slope = weighed(jr.key(0))
+    (segments, old, advantage, _), traj, delta, (by_action, by_value) = weighed(jr.key(0))
     assert segments.reward.shape == advantage.shape == (6, 4)
     assert np.array_equal(segments.reward.reshape(3, 8), traj.reward)
     assert np.allclose(old.delta + old.rest, advantage, atol=1e-9)
@@ -184,7 +194,8 @@ def test_ppo_divides_what_it_has_into_parts_that_make_up_the_advantage():
     centred = (delta - delta.mean()) / scale
     assert np.allclose(old.delta.reshape(3, 8), centred, atol=1e-6)
     alive = ~np.asarray(traj.terminated)[..., None]
-    truth = config.gamma * alive * np.asarray(slope) / scale
+    truth = config.gamma * alive * np.asarray(by_value) / scale
+    truth += np.asarray(old.delta).reshape(3, 8, 1) * by_action
     assert np.allclose(old.slope.reshape(3, 8, -1), truth, rtol=1e-5, atol=1e-8)
 
 

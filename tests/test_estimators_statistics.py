@@ -12,7 +12,7 @@ from conftest import make_kernel, make_trajectory
 
 from scripts import ppo, reinforce
 from spg.estimators import statistics
-from spg.estimators.mixed import MixedTerms, value_slope
+from spg.estimators.mixed import mixed_terms
 from spg.estimators.statistics import joint_kl, start_statistics
 from spg.kernels.critics import Critic
 from spg.rollout import rollout
@@ -151,12 +151,11 @@ def test_a_gradient_step_of_ppo_survives_any_ratio():
         state = ppo.init(config, env, key)
         kernel, critic, opt_state = state.learned
         segments = record(config, env, kernel, state.world, key)
-        old = jax.vmap(kernel.log_prob)(segments)
-        old = old._replace(action=old.action - shift)
         advantage = jr.normal(key, segments.reward.shape)
-        slope = jax.vmap(lambda steps: value_slope(critic, steps, gamma=config.gamma))(segments)
-        memory = jax.vmap(kernel.state_distribution)(segments)
-        old = MixedTerms(old, memory, advantage, advantage, slope)
+        one = partial(mixed_terms, kernel, critic, gamma=config.gamma)
+        old = jax.vmap(one)(segments, advantage, advantage)
+        log_prob = old.log_prob._replace(action=old.log_prob.action - shift)
+        old = old._replace(log_prob=log_prob)
         batch = segments, old, advantage, advantage
         before = ppo.Agent(kernel, critic)
         (after, _), metrics = ppo.gradient_step(config, (before, opt_state), batch)

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from spg.distributions import Normal
 from spg.estimators.bounds import Constants, bptt_variance_bound, s2pg_variance_bound
-from spg.estimators.mixed import MixedTerms, mixed_surrogate
+from spg.estimators.mixed import mixed_surrogate, mixed_terms
 from spg.estimators.returns import returns_to_go
 from spg.estimators.score import score_estimate
 from spg.kernels.cells import Computed, Drawn, Location, NormalAround
@@ -145,15 +145,14 @@ def estimate(
     to_go = returns_to_go(reward, jnp.zeros(num_steps), last, traj.truncated, gamma=gamma)
     advantage = jax.vmap(q_value)(t, action, z_next) - baseline
 
+    ahead = lambda t, z: discount[t] * exact(z[0], num_steps - 1 - t)
+    parts = discount * advantage, discount * (to_go - baseline - advantage)
+    old = mixed_terms(kernel, ahead, traj._replace(final_obs=t), *parts, gamma=gamma)
+
     def mixed(kernel):
-        ahead = lambda z, t: gamma * exact(z[0], num_steps - 1 - t)
-        slope = discount[:, None] * jax.vmap(jax.grad(ahead))(z_next, t)
-        parts = discount * advantage, discount * (to_go - baseline - advantage)
-        old = jax.tree.map(
-            lax.stop_gradient,
-            MixedTerms(kernel.log_prob(traj), kernel.state_distribution(traj), *parts, slope),
-        )
-        return mixed_surrogate(kernel, traj, kernel.log_prob(traj), old, clip=0.2).objective.sum()
+        state = kernel.state_distribution(traj)
+        new = kernel.log_prob(traj, state)
+        return mixed_surrogate(traj, new, state, old, clip=0.2).objective.sum()
 
     if method in ("S2PG, path", "S2PG, mixed"):
         g = eqx.filter_grad(mixed if method == "S2PG, mixed" else by_path)(kernel)

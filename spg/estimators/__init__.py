@@ -38,7 +38,7 @@ from spg.estimators.imitation import (
     regularised_loss,
     soft_labels,
 )
-from spg.estimators.mixed import MixedTerms, mixed_surrogate, value_slope
+from spg.estimators.mixed import MixedTerms, mixed_surrogate, mixed_terms
 from spg.estimators.returns import gae, returns_to_go
 from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
 from spg.estimators.statistics import joint_kl, observe, observe_critic, start_statistics
@@ -74,6 +74,7 @@ __all__ = [
     "logistic_reward",
     "lsiq_target",
     "mixed_surrogate",
+    "mixed_terms",
     "observe",
     "observe_critic",
     "polyak",
@@ -91,6 +92,5 @@ __all__ = [
     "soft_loss",
     "start_statistics",
     "temperature_loss",
-    "value_slope",
     "window_returns",
 ]

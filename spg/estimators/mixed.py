@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, PyTree
 
-from spg.distributions import Distribution, Normal
+from spg.distributions import Normal
 from spg.estimators.surrogate import Surrogate, pessimistic, ppo_surrogate
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Flat
@@ -19,25 +19,42 @@ class MixedTerms(NamedTuple):
     """What `mixed_surrogate` keeps of the policy that drew the steps, and of what came of them."""
 
     log_prob: LogProb  # [T]
-    state: Distribution  # [T, n] ω( . | o, z)
+    noise: Inexact[Array, "*T n"]  # ε of z' = loc + std ε
+    std: Float[Array, "*T n"]
     delta: Float[Array, "*T"]  # δ_t of `mixed_surrogate`
     rest: Float[Array, "*T"]  # A_t - δ_t
-    slope: Inexact[Array, "*T n"]  # γ ∂V(o', z')/∂z', as `value_slope` has it
+    slope: Inexact[Array, "*T n"]  # ∂/∂z' of δ_t log μ(a | o, z') + γ V(o', z')
 
 
-def value_slope(
-    critic: Callable[[PyTree, PyTree], Float[Array, ""]], steps: Transition, *, gamma: Scalar
-) -> Inexact[Array, "T n"]:
-    """γ ∂V(o'_t, z'_t)/∂z', 0 where the episode terminated.
+def mixed_terms(
+    kernel: Kernel,
+    critic: Callable[[PyTree, PyTree], Float[Array, ""]],
+    steps: Transition,
+    delta: Float[Array, " T"],
+    rest: Float[Array, " T"],
+    *,
+    gamma: Scalar,
+) -> MixedTerms:
+    """The terms of steps that `kernel` drew; V(o', z') is `critic`, 0 where the episode terminated.
 
-    For a complex z' = x + iy it is γ (∂V/∂x + i ∂V/∂y).
+    For a complex z' = x + iy the slope is ∂/∂x + i ∂/∂y. Raises TypeError unless ω is `Normal`.
     """
-    slope = jnp.conj(jax.vmap(jax.grad(critic, argnums=1))(steps.final_obs, steps.z_next))
-    return gamma * ~steps.terminated[:, None] * slope
+    state = kernel.state_distribution(steps)
+    if not isinstance(state, Normal):
+        raise TypeError(f"only a Normal z' can follow V; the cell draws {type(state).__name__}")
+
+    def brought(z_next):
+        value = jax.vmap(critic)(steps.final_obs, z_next)
+        action = kernel.log_prob_action(steps, z_next)
+        return (delta * action + gamma * ~steps.terminated * value).sum()
+
+    slope = jnp.conj(jax.grad(brought)(steps.z_next))
+    noise = over_steps(Normal.noise)(state, steps.z_next)
+    return MixedTerms(kernel.log_prob(steps, state), noise, state.std, delta, rest, slope)
 
 
 def mixed_surrogate(
-    kernel: Kernel, steps: Transition, new: LogProb, old: MixedTerms, *, clip: Scalar
+    steps: Transition, new: LogProb, state: Normal, old: MixedTerms, *, clip: Scalar
 ) -> Surrogate:
     """A surrogate of S2PG in which V tells where z' should have gone (ours, L = 1).
 
@@ -57,19 +74,15 @@ def mixed_surrogate(
     (Jaderberg et al., 2017).
 
     Later minibatches: the ratio of μ for δ_t and the joint ratio for the rest are clipped as in
-    `ppo_surrogate`, and V is a straight line along which an entry of z' moves by at most `clip`
-    of its old standard deviation.
-
-    Raises TypeError unless ω is `Normal`.
+    `ppo_surrogate`, both with z' as recorded, and δ_t log μ + γ V is a straight line along which an
+    entry of z' moves by at most `clip` of its old standard deviation.
     """
-    state = kernel.state_distribution(steps)
-    if not isinstance(state, Normal) or not isinstance(old.state, Normal):
-        raise TypeError(f"only a Normal z' can follow V; the cell draws {type(state).__name__}")
-    z = over_steps(Normal.follow)(state, steps.z_next, old.state)
-    flat, std = over_steps(Flat()), old.state.std
-    moved, slope = flat((z - steps.z_next) / std), flat(old.slope * std)
-    path = jnp.minimum(slope * moved, slope * jnp.clip(moved, -clip, clip)).sum(-1)
-    at_once = kernel.log_prob_action(steps, z) - old.log_prob.action
+    flat = over_steps(Flat())
+    slope = flat(old.slope)
+    moved = flat(over_steps(Normal.at)(state, old.noise) - steps.z_next)
+    # the lesser of the line where z' is and where it is at most `clip` away
+    path = jnp.minimum(slope * moved, clip * jnp.abs(flat(old.slope * old.std))).sum(-1)
+    at_once = new.action - old.log_prob.action
     score = ppo_surrogate(new, old.log_prob, old.rest, clip=clip)
     return score._replace(
         objective=score.objective + pessimistic(at_once, old.delta, clip=clip) + path

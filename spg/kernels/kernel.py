@@ -66,16 +66,21 @@ class Kernel(eqx.Module):
         z_next = self.cell(obs, z).mode()
         return self.head(obs, z_next).mode(), z_next
 
-    def log_prob(self, segment: Transition) -> LogProb:
+    def log_prob(self, segment: Transition, state: Distribution | None = None) -> LogProb:
         """log π of each recorded step of one segment, time first.
 
         z' is as recorded where the cell draws z'; where the cell computes z', it is computed again
-        from the segment's first z. Gradients follow the same paths.
+        from the segment's first z. Gradients follow the same paths. `state` is that of
+        `state_distribution`, for whoever has it already.
         """
         obs = self._seen(segment)
-        log_prob_z, z_next = self.cell.log_prob(
-            obs, segment.z, segment.z_next, segment.first, lax.stop_gradient(self.z0)
-        )
+        if state is None:
+            log_prob_z, z_next = self.cell.log_prob(
+                obs, segment.z, segment.z_next, segment.first, lax.stop_gradient(self.z0)
+            )
+        else:
+            z_next = segment.z_next
+            log_prob_z = over_steps(lambda state, z: state.log_prob(z))(state, z_next)
 
         def one(obs, z_next, action):
             actions = self.head(obs, z_next)
