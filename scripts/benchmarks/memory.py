@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
@@ -46,8 +45,6 @@ class Config(options.EnvConfig):
 
     seed: Seed = 0
     """of the random numbers"""
-    num_seeds: Count = 1
-    """trainings vmapped into each program"""
     out: str | None = None
     """directory of the results; by default a new one under runs/"""
     repeats: Count = 20
@@ -173,21 +170,21 @@ def act_randomly(config: ppo.Config, env: Env, state: ppo.State) -> Any:
 
 def measure(config: Config, compared: list[Method]) -> tuple[np.ndarray, list[Timings]]:
     """Seconds of the environment steps alone, and of each method, repeat by repeat."""
-    keys = jax.vmap(jr.key)(jnp.arange(config.seed, config.seed + config.num_seeds))
+    key = jr.key(config.seed)
     env = options.make_env(config)
     programs, arguments, compile_seconds = [], [], []
     rollouts: dict[tuple, int] = {}  # BPTT of any length acts alike: timed once
 
     def add(function, state):
         began = time.perf_counter()
-        programs.append(jax.jit(jax.vmap(function)).lower(state).compile())
+        programs.append(jax.jit(function).lower(state).compile())
         arguments.append(state)
         compile_seconds.append(time.perf_counter() - began)
         return len(programs) - 1
 
     places = []
     for method in tqdm(compared, desc="compile"):
-        state = jax.jit(jax.vmap(partial(init, method, env)))(keys)
+        state = jax.jit(partial(init, method, env))(key)
         if not programs:
             add(partial(act_randomly, method.config, env), state)
         actor = (method.config.memory, method.cell, method.config.window, method.config.hidden)
@@ -206,7 +203,7 @@ def tabulate(
     config: Config, compared: list[Method], env_seconds: np.ndarray, timings: list[Timings]
 ) -> list[dict[str, Any]]:
     """A row for each method; ratios are of its seconds to another method's."""
-    steps = config.num_seeds * config.num_envs * config.num_steps
+    steps = config.num_envs * config.num_steps
     times = {(m.name, m.cell): t for m, t in zip(compared, timings, strict=True)}
     none = timings[0]
     rows = []
