@@ -32,17 +32,17 @@ class RepeatVector(Environment):
     """Repeat after `delay` steps the first of the vectors shown, uniform on [-1, 1]^d.
 
     `RepeatFirst` with vectors for symbols. The policy's way through the world tells nothing of the
-    cue, so the memory has to hold it, and the distractors come by the entries by which the cue came.
+    cue, so the memory has to hold it, and distractors come by the entries by which the cue came.
 
     | observation entry | what it shows |
     | --- | --- |
-    | 0 … d-1 | the cue at step 0, a distractor drawn anew in each step of the delay, 0 at the query |
+    | 0 … d-1 | at step 0 the cue; during the delay distractors, drawn anew in each step; then 0 |
     | d | 1 at the first step: remember what is shown |
     | d+1 | 1 at the last step, t = delay+1: answer now |
 
-    The answer a in [-1, 1]^d pays 1 - (3/d) |a - cue|²; earlier actions do nothing. The cue has a
-    mean square of d/3, so the expected return is the share of its variance that the answers explain,
-    R². The optimal return is 1, that of the best memoryless policy, a = 0, is 0. Every episode
+    The answer a in [-1, 1]^d pays 1 - (3/d) |a - cue|²; earlier actions do nothing. |cue|² is d/3
+    in the mean, so the expected return is the share of the cue's variance that the answers explain,
+    R². The optimal return is 1; that of the best memoryless policy, a = 0, is 0. Every episode
     terminates after delay+2 steps. The state is the two flags, the cue and the time.
     """
 
