@@ -19,8 +19,8 @@ class RepeatVectorState(NamedTuple):
 
 @struct.dataclass
 class RepeatVectorParams:
-    delay: Annotated[Any, Range(0, 10**9, whole=True)] = 8  # steps between cue and query
-    distractors: Annotated[Any, Range(0)] = 3.0  # size of what is shown meanwhile; the cue's is 1
+    delay: Annotated[Any, Range(0, 10**9, whole=True)] = 4  # steps between cue and query
+    distractors: Annotated[Any, Range(0)] = 4.0  # size of what is shown meanwhile; the cue's is 1
 
     @property
     def max_steps_in_episode(self) -> Any:
