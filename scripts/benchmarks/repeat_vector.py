@@ -79,7 +79,7 @@ def arms(config: Config) -> list[tuple[str, dict[str, Any]]]:
 
 
 def explained(x: Float[Array, "N n"], y: Float[Array, "N d"]) -> Float[Array, ""]:
-    """R² of y by ridge regression on x, fitted on the first half of the rows, on the second half."""
+    """R² of y by ridge regression on x, fitted on half of the rows and asked on the others."""
     half = len(x) // 2
     x = (x - x[:half].mean(0)) / (x[:half].std(0) + 1e-6)
     mean = y[:half].mean(0)
