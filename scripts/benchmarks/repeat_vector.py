@@ -121,11 +121,13 @@ def picture(
         left.fill_between(steps, returns.min(0), returns.max(0), color=f"C{i}", alpha=0.15)
         if shares[name].any():
             right.plot(shares[name].mean(0), "o-", markersize=3, **style)
-    left.set(xlabel="environment steps", ylabel="return (mean and range of seeds)", ylim=(-0.5, 1))
+    left.set(
+        xlabel="environment steps", ylabel="return (mean and range of seeds)", ylim=(-0.5, 1.05)
+    )
     right.set(xlabel="step of the episode", ylabel="R² of the cue by z'", ylim=(0, 1.02))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="lower right" if axes is left else "lower left")
     figure.savefig(path, dpi=120)
 
 
