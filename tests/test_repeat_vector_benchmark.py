@@ -2,6 +2,7 @@
 
 import csv
 
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
@@ -18,12 +19,12 @@ def test_a_regression_explains_what_is_not_noise_and_nothing_where_there_is_noth
     np.testing.assert_allclose(explained(10 * x - 7, y), explained(x, y), rtol=1e-3)
     np.testing.assert_allclose(explained(x, 3.0 + x @ np.ones((5, 2))), 1.0, atol=1e-4)
     assert -0.02 < explained(jr.normal(keys[2], (4000, 5)), y) < 0.01
-    assert explained(np.zeros((4000, 0)), y) == 0
+    assert explained(jnp.zeros((4000, 0)), y) == 0
 
 
 def test_cells_are_trained_at_every_rate_and_the_untrained_one_once():
     found = arms(Config(state_learning_rates=(1e-4, 1e-3)))
-    trained = [f"{m}, {r}" for m in ("Q(s, a)", "Q(s, a, z')", "BPTT-32") for r in (0.0001, 0.001)]
+    trained = [f"{m}, {r}" for m in repeat_vector.TRAINED for r in (0.0001, 0.001)]
     assert [name for name, _ in found] == ["oracle", "none", "untrained", *trained]
     words = dict(found)
     assert words["untrained"] == {"state_learning_rate": 0.0}

@@ -40,6 +40,7 @@ MEMORYLESS: dict[str, dict[str, Any]] = {
 TRAINED: dict[str, dict[str, Any]] = {
     "Q(s, a)": {},
     "Q(s, a, z')": {"critic_state": True},
+    "Q(s, a, z') rolled-8": {"critic_state": True, "segment_length": 8},
     "BPTT-32": {"memory": "bptt", "segment_length": 32},
 }
 
