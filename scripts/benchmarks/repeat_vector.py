@@ -5,15 +5,17 @@
 The cue is shown once, among distractors, and only the memory tells the answer. `cue_at_first` and
 `cue_at_query` are the share of the cue's variance that a ridge regression reads off z' right after
 the cue and at the query, in fresh episodes of the sampled policy; returns are shares of the same
-variance. Each training is a run of its own under --out; one that is complete is not run again, one
-that was cut short is resumed.
+variance. A memory gets better by what it writes or by less noise on z': `same_noise` is
+`cue_at_query` with the noise that S2PG starts with, for all cells alike. Each training is a run of
+its own under --out; one that is complete is not run again, one that was cut short is resumed.
 """
 
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -27,6 +29,8 @@ sys.path.insert(1, str(Path(__file__).parents[2]))
 import sac
 
 from scripts.benchmarks import timing
+from spg.kernels.cells import Computed, Drawn, NormalAround
+from spg.kernels.kernel import Kernel
 from spg.limits import Count, Positive, Seed, Total, check
 from spg.rollout import reset, rollout
 from spg.training import cli, policies, summaries, tables
@@ -89,8 +93,24 @@ def explained(x: Float[Array, "N n"], y: Float[Array, "N d"]) -> Float[Array, ""
     return 1 - jnp.mean((y[half:] - guess) ** 2) / jnp.mean((y[half:] - mean) ** 2)
 
 
-def decode(directory: Path) -> tuple[Float[np.ndarray, " seeds"], Float[np.ndarray, "seeds T"]]:
-    """Returns of the sampled policy of a run, and the R² of the cue by z' at each step."""
+def with_noise(kernel: Kernel, state_std: float) -> Kernel:
+    """The kernel with the noise on z' that S2PG would give its cell at the start."""
+    cell: Any = kernel.cell
+    location = cell.location if isinstance(cell, Computed) else cell.distribution.location
+    noisy = Drawn(NormalAround(location, jnp.log(state_std * location.write)))
+    return eqx.tree_at(lambda kernel: kernel.cell, kernel, noisy)
+
+
+class Decoded(NamedTuple):
+    """Of each seed of a run."""
+
+    returns: Float[Array, " seeds"]  # of the sampled policy
+    shares: Float[Array, "seeds T"]  # R² of the cue by z' at each step
+    same_noise: Float[Array, " seeds"]  # at the query, see `with_noise`
+
+
+def decode(directory: Path) -> Decoded:
+    """What a run's memories know of the cue."""
     run = policies.load(directory)
     num_steps = int(run.env.params.max_steps_in_episode)
 
@@ -99,19 +119,24 @@ def decode(directory: Path) -> tuple[Float[np.ndarray, " seeds"], Float[np.ndarr
         steps = rollout(kernel, run.env, start, num_steps=num_steps, key=jr.fold_in(key, 1))[1]
         return steps.reward.sum(), steps.z_next, start.env_state.env.cue
 
-    def one(kernel):
+    def recall(kernel):
         keys = jr.split(jr.key(0), NUM_EPISODES)
         returns, z, cue = jax.vmap(lambda key: episode(kernel, key))(keys)
         return returns.mean(), jax.vmap(lambda z: explained(z, cue), 1)(z)
 
-    returns, shares = jax.jit(lambda kernels: jax.lax.map(one, kernels))(run.kernels)
-    return np.asarray(returns), np.asarray(shares)
+    def one(kernel):
+        returns, shares = recall(kernel)
+        if not kernel.z0.size:
+            return Decoded(returns, jnp.zeros(num_steps), jnp.zeros(()))
+        return Decoded(returns, shares, recall(with_noise(kernel, run.config["state_std"]))[1][-1])
+
+    return jax.device_get(jax.jit(lambda kernels: jax.lax.map(one, kernels))(run.kernels))
 
 
 def picture(
     path: Path,
     curves: dict[str, tuple[np.ndarray, np.ndarray]],
-    shares: dict[str, Float[np.ndarray, "seeds T"]],
+    shares: dict[str, Float[Array, "seeds T"]],
 ) -> None:
     """Returns over training, and what z' tells of the cue over an episode: means over seeds."""
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -146,7 +171,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         summary = cli.train(sac.make, replace(shared, **words), directory)
         curve = summaries.read_curve(directory, name)
         curves[name] = curve.steps, curve.returns
-        returns, shares[name] = decode(directory)
+        returns, shares[name], same_noise = decode(directory)
         rows.append(
             {
                 "method": name,
@@ -157,6 +182,7 @@ def main(config: Config) -> list[dict[str, Any]]:
                 "noise_free": f"{summary['final_return_noise_free_mean']:.3f}",
                 "cue_at_first": f"{shares[name][:, 0].mean():.2f}",
                 "cue_at_query": f"{shares[name][:, -1].mean():.2f}",
+                "same_noise": f"{same_noise.mean():.2f}",
                 "steps_per_s": f"{summary['steps_per_second']:.0f}",
             }
         )
