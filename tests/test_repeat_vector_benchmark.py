@@ -2,17 +2,24 @@
 
 import csv
 
+import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from conftest import assert_trees_close
 
+from scripts import sac
 from scripts.benchmarks import repeat_vector
-from scripts.benchmarks.repeat_vector import Config, arms, explained
+from scripts.benchmarks.repeat_vector import Config, arms, explained, with_noise
+from spg.kernels.factory import make_kernel
+from spg.types import Spec
+
+KEY = jr.key(0)
 
 
 def test_a_regression_explains_what_is_not_noise_and_nothing_where_there_is_nothing():
-    keys = jr.split(jr.key(0), 3)
+    keys = jr.split(KEY, 3)
     x, noise = jr.normal(keys[0], (4000, 5)), jr.normal(keys[1], (4000, 2))
     y = 3.0 + x[:, :2] + 2.0 * noise  # variance 1 of 5
     np.testing.assert_allclose(explained(x, y), 0.2, atol=0.03)
@@ -20,6 +27,15 @@ def test_a_regression_explains_what_is_not_noise_and_nothing_where_there_is_noth
     np.testing.assert_allclose(explained(x, 3.0 + x @ np.ones((5, 2))), 1.0, atol=1e-4)
     assert -0.02 < explained(jr.normal(keys[2], (4000, 5)), y) < 0.01
     assert explained(jnp.zeros((4000, 0)), y) == 0
+
+
+def test_cells_are_compared_with_the_noise_that_s2pg_starts_with():
+    spec = Spec(4, 5, 2, discrete=False)
+    make = lambda memory: make_kernel(sac.Config(memory=memory, state_std=0.3), spec, key=KEY)
+    drawn, computed = make("s2pg"), make("bptt")
+    quiet = eqx.tree_at(lambda k: k.cell.distribution.log_std, drawn, jnp.full(16, -9.0))
+    for kernel in (drawn, quiet, computed):  # the same key, the same location
+        assert_trees_close(with_noise(kernel, 0.3).cell, drawn.cell)
 
 
 def test_cells_are_trained_at_every_rate_and_the_untrained_one_once():

@@ -153,7 +153,8 @@ def picture(
     right.set(xlabel="step of the episode", ylabel="R² of the cue by z'", ylim=(0, 1.02))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", loc="lower right" if axes is left else "lower left")
+        if axes.lines:
+            axes.legend(fontsize="small", loc="lower right" if axes is left else "lower left")
     figure.savefig(path, dpi=120)
 
 
