@@ -14,7 +14,14 @@ from spg import envs
 from spg.envs.adapters import own
 from spg.types import Observation
 
-OWN = ["TMaze-memory", "RepeatFirst-memory", "PointMass-memory", "Doors-memory", "tiger-pomdp"]
+OWN = [
+    "TMaze-memory",
+    "RepeatFirst-memory",
+    "RepeatVector-memory",
+    "PointMass-memory",
+    "Doors-memory",
+    "tiger-pomdp",
+]
 NAMES = [*(n for n in gymnax.registered_envs if n != "MNISTBandit-bsuite"), *OWN]  # a download
 
 

@@ -35,6 +35,7 @@ from spg.envs.hidden_bodies import HiddenBodies
 from spg.envs.memory import RepeatFirst, TMaze
 from spg.envs.point_mass import Doors, PointMass
 from spg.envs.popgym import TASKS
+from spg.envs.repeat_vector import RepeatVector
 from spg.envs.tabular import Tabular, tabular_params
 from spg.limits import Range
 from spg.types import Env
@@ -51,6 +52,7 @@ __all__ = [
     "PointMass",
     "RecallCards",
     "RepeatFirst",
+    "RepeatVector",
     "ShowsState",
     "TMaze",
     "Tabular",
@@ -76,6 +78,7 @@ def _episodes(make: Callable[..., Problem]) -> Callable[..., Environment]:
 _OWN: dict[str, Callable[..., Environment]] = {
     "TMaze-memory": TMaze,
     "RepeatFirst-memory": RepeatFirst,
+    "RepeatVector-memory": RepeatVector,
     "RecallCards-memory": RecallCards,
     "PointMass-memory": PointMass,
     "Doors-memory": Doors,

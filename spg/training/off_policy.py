@@ -103,8 +103,10 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     """the steps of a segment that have a loss: batch-size / L segments and every step, or, as in
     the paper's BPTT, batch-size segments and the last step"""
     critic_state: bool = False
-    """show the critics z', as theorem 2.3 of S2PG asks. Without it s2pg places z' for the action
-    that follows at once; on the memory point mass that was better"""
+    """show the critics z', as theorem 2.3 of S2PG asks: what s2pg has to learn to write for later
+    is learned so, with a --state-learning-rate of 3e-4 or so (RepeatVector-memory). Without it z'
+    is placed for the action that follows at once, which was better on the memory point mass, where
+    a cell remembers enough untrained, and on HalfCheetah"""
     critics: Annotated[int, Range(1, 100, whole=True)] = 2
     """of which the smallest counts in targets"""
 

@@ -69,9 +69,9 @@ class EnvConfig:
 
     env: str = "CartPole-v1"
     """a Gymnax environment, brax/<name>, package.module:Class of your own, or one of ours:
-    TMaze-memory, RepeatFirst-memory, RecallCards-memory, PointMass-memory, Doors-memory, POPGym's
-    tasks, as popgym/CountRecallEasy with --observe all, and the finite worlds, as heavenhell-pomdp
-    and ringworld-pomdp, in episodes of max_steps_in_episode"""
+    TMaze-memory, RepeatFirst-memory, RepeatVector-memory, RecallCards-memory, PointMass-memory,
+    Doors-memory, POPGym's tasks, as popgym/CountRecallEasy with --observe all, and the finite
+    worlds, as heavenhell-pomdp and ringworld-pomdp, in episodes of max_steps_in_episode"""
     observe: Literal["all", "positions", "velocities", "state"] = "positions"
     """what the policy sees"""
     previous_action: bool = False
