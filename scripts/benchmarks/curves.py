@@ -22,7 +22,7 @@ import ppo
 import sac
 import td3
 
-from spg.limits import Count, Seed, check
+from spg.limits import Count, Seed, Total, check
 from spg.rollout import reset, rollout
 from spg.training import cli, options, plots, policies, summaries, tables
 
@@ -48,6 +48,8 @@ class Config:
     """which of the task's methods; by default all"""
     algorithm: Literal["ppo", "sac", "td3"] = "ppo"
     """sac and td3 are for the tasks with continuous actions, and show the critic the full state"""
+    total_steps: Total | None = None
+    """environment steps of each seed; by default those of the task"""
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -198,6 +200,8 @@ def main(config: Config) -> None:
     suffix = "" if config.algorithm == "ppo" else f"-{config.algorithm}"
     out = Path(config.out or f"runs/curves-{config.task}{suffix}")
     shared = replace(shared, num_seeds=config.num_seeds, seed=config.seed)
+    if config.total_steps is not None:
+        shared = replace(shared, total_steps=config.total_steps)
     rows, curves = [], []
     for name in config.methods or methods:
         directory = out / name.replace(" ", "-")
