@@ -30,6 +30,7 @@ from spg.exact.kstep import (
     joint_policies,
     kstep_values,
     policy_returns,
+    sighted_return,
     product_weights,
 )
 
@@ -55,6 +56,7 @@ __all__ = [
     "product_weights",
     "projected_step",
     "rate_bound",
+    "sighted_return",
     "smoothness",
     "stationary_distribution",
     "steps_needed",

@@ -155,6 +155,13 @@ def policy_returns(
     return lax.map(one, jnp.asarray(policies))
 
 
+def sighted_return(pomdp: POMDP, *, gamma: Scalar) -> Float[Array, ""]:
+    """J of the best policy that sees the state, which no other exceeds; by value iteration."""
+    reward = pomdp.mean_reward()
+    best = lambda v: jnp.max(reward + gamma * pomdp.expect(v[:, None])[..., 0], 1)
+    return pomdp.start @ _fixed_point(best, jnp.zeros_like(pomdp.start), 1, gamma)
+
+
 # --- checks and solvers
 
 
