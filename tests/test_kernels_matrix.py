@@ -10,6 +10,7 @@ from conftest import assert_trees_close, jitter
 from jax.test_util import check_grads
 
 from spg import envs
+from spg.distributions import Categorical
 from spg.kernels.cells import Computed, Drawn, Location, NormalAround
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.heads import CategoricalHead
@@ -139,7 +140,8 @@ def test_the_heads_of_matrix_units_start_log_evenly_from_slow_to_fast(name):
     decay = np.asarray(call(unit, jnp.zeros(OBS), jnp.asarray(z))).reshape(5, -1)
     assert np.ptp(decay, axis=1).max() < 1e-12  # without input nothing is written or erased
     rates = np.log(-np.log(decay[:, 0]))
-    assert np.allclose(rates, np.linspace(*np.log(-np.log([0.99, 0.4])), 5), rtol=1e-10)
+    low, high = np.log(-np.log([0.99, 0.4]))
+    assert np.allclose(rates, np.linspace(low, high, 5), rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", UNITS)
@@ -167,7 +169,9 @@ def test_a_query_reads_the_value_of_its_key():
     q = np.asarray(query.queries(obs)).reshape(HEADS, KEY)
     q = q / np.maximum(1, np.linalg.norm(q, axis=1))[:, None]
     y = np.einsum("hk,hkv->hv", q, np.asarray(z).reshape(HEADS, KEY, VALUE)).ravel()
-    assert np.allclose(query(obs, z).logits, head(obs, jnp.asarray(y)).logits, rtol=1e-12)
+    found, truth = query(obs, z), head(obs, jnp.asarray(y))
+    assert isinstance(found, Categorical)
+    assert np.allclose(found.logits, truth.logits, rtol=1e-12)
 
 
 @pytest.mark.parametrize("state_std", [None, 0.3])

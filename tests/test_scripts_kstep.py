@@ -64,7 +64,7 @@ def test_policies_too_many_to_list_are_ascended_by_samples(tmp_path):
     best = 0.3 + 0.9**3 / (1 - 0.9)  # .3 for the first step, and 1 in every step from the third on
     rows = read(out / "gap.csv")
     assert all(0 < row["gap at the start"] < best for row in rows)
-    with pytest.raises(ValueError, match="3\\^8 deterministic policies; .* by sampled gradients"):
+    with pytest.raises(ValueError, match=r"3\^8 deterministic policies; .* by sampled gradients"):
         kstep.main(replace(config, gradient="exact"))
 
 

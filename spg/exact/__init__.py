@@ -30,8 +30,8 @@ from spg.exact.kstep import (
     joint_policies,
     kstep_values,
     policy_returns,
-    sighted_return,
     product_weights,
+    sighted_return,
 )
 
 __all__ = [
