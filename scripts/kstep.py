@@ -197,7 +197,7 @@ def sampled_gradient(
 
 
 def sampled_softmax(
-    config: Config, world: World, k: Array, params: Softmax, key: PRNGKeyArray
+    config: Config, world: World, k: Array | int, params: Softmax, key: PRNGKeyArray
 ) -> tuple[Softmax, Float[Array, ""]]:
     """∂J by the responsibilities of first visits, and the mean return; no policy is listed."""
     kernel = held_kernel(*params, k=k, slots=world.slots)
@@ -217,7 +217,7 @@ def sampled_softmax(
 
 
 def evaluate(
-    config: Config, world: World, k: Array, params: PyTree, key: PRNGKeyArray
+    config: Config, world: World, k: Array | int, params: PyTree, key: PRNGKeyArray
 ) -> tuple[PyTree, Float[Array, ""]]:
     """∂J in the parameters, or in the weights for mirror and projected ascent; and J.
 

@@ -4,7 +4,6 @@ import csv
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
@@ -74,7 +73,7 @@ def test_gradient_and_return_of_samples_are_the_exact_ones():
         TINY, problem="matching", method="mixture", gradient="sampled", num_components=2,
         num_episodes=64, num_steps=80,
     )  # fmt: skip
-    world, k = kstep.open_world(config), jnp.int32(3)
+    world, k = kstep.open_world(config), 3
     params, _ = kstep.init(config, world, jr.key(0))
     one = lambda key: kstep.sampled_softmax(config, world, k, params, key)
     found = jax.jit(jax.vmap(one))(jr.split(jr.key(1), 16))
