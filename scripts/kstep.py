@@ -86,8 +86,8 @@ class World(NamedTuple):
     pomdp: POMDP
     env_params: PyTree
     env: Any
-    policies: Int[np.ndarray, "N L"]
-    joint: Int[np.ndarray, "N O"]  # actions at each observation
+    policies: Int[np.ndarray, "N L"] | None  # None: too many to be listed
+    joint: Int[np.ndarray, "N O"] | None  # their actions at each observation
     slots: Int[np.ndarray, "O I"]
     num_actions: int  # of one agent
     gamma: float
@@ -101,7 +101,8 @@ class Softmax(NamedTuple):
 
 
 def open_world(config: Config) -> World:
-    """Raises ValueError for what cannot be opened, or has more than 5,000 policies."""
+    """Raises ValueError for what cannot be opened, and for more than 5,000 policies where they
+    have to be listed."""
     from spg.envs import Tabular, tabular_params  # here: gymnax starts JAX's backend
     from spg.worlds import traps  # here: gymnax starts JAX's backend
 
@@ -118,15 +119,16 @@ def open_world(config: Config) -> World:
     slots = np.arange(problem.pomdp.num_obs)[:, None] if problem.slots is None else problem.slots
     num_actions = round(problem.pomdp.num_actions ** (1 / slots.shape[1]))
     num_slots = int(slots.max()) + 1
-    if num_actions**num_slots > 5_000:
+    listed = num_actions**num_slots <= 5_000
+    if not listed and (config.method not in SOFTMAX or config.gradient == "exact"):
         raise ValueError(
             f"{problem.name} has {num_actions}^{num_slots} deterministic policies; 5,000 can be "
-            "listed, so fewer observations would do"
+            "listed, so fewer observations would do, or a product or mixture by sampled gradients"
         )
-    check_memory(config, problem, num_actions**num_slots)
+    check_memory(config, problem, num_actions**num_slots if listed else 0)
     problems: list[Problem] = [problem, *map(build, range(1, config.num_runs if own else 1))]
-    policies = kstep.all_policies(num_slots, num_actions)
-    joint = kstep.joint_policies(policies, slots, num_actions)
+    policies = kstep.all_policies(num_slots, num_actions) if listed else None
+    joint = None if policies is None else kstep.joint_policies(policies, slots, num_actions)
     solved = [dense(p.pomdp) if len(p.states) <= 500 else p.pomdp for p in problems]
     env_params = [tabular_params(p.pomdp) for p in problems]
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x) if own else x[0], *trees)
@@ -164,41 +166,22 @@ def optimiser(config: Config) -> optax.GradientTransformation:
 
 def init(config: Config, world: World, key: PRNGKeyArray) -> tuple[PyTree, PyTree]:
     """Parameters, and the state of Adam."""
-    if config.method in ("product", "mixture"):
+    if config.method in SOFTMAX:
         num = config.num_components if config.method == "mixture" else 1
-        shape = (num, world.policies.shape[1], world.num_actions)
+        shape = (num, int(world.slots.max()) + 1, world.num_actions)
         params = Softmax(config.start_std * jr.normal(key, shape), jnp.zeros(num))
         return params, optimiser(config).init(params)
-    num = len(world.policies)
+    num = len(world.joint)
     return jnp.full(num, -jnp.log(num) if config.method == "mirror" else 1 / num), ()
 
 
 def sampled_gradient(
-    config: Config, world: World, k: Array, params: PyTree, key: PRNGKeyArray
-) -> PyTree:
-    """∂J/∂w by holding each policy, or ∂J by the responsibilities of first visits."""
-    start_key, key = jr.split(key)
+    config: Config, world: World, k: Array, log_w: Float[Array, " N"], key: PRNGKeyArray
+) -> Float[Array, " N"]:
+    """∂J/∂w, by holding each policy."""
     env = Env(world.env, world.env_params)
-    if isinstance(params, Softmax):
-        kernel = held_kernel(*params, k=k, slots=world.slots)
-
-        def run(start_key, key):
-            carry = reset(kernel, env, key=start_key)
-            steps = config.num_steps
-            return rollout(kernel, env, carry, num_steps=steps, key=key)[1]
-
-        keys = (jr.split(x, config.num_episodes) for x in (start_key, key))
-        trajs = jax.vmap(run)(*keys)
-        returns = jax.vmap(partial(sampled.discounted_returns, gamma=world.gamma))(trajs)
-        weight = returns - (returns.sum(0) - returns) / (len(returns) - 1)  # of the other episodes
-        memory = jnp.zeros((config.num_episodes, len(params.mixture)))
-        mean = gpomdp.gradient(sampled.responsibilities, kernel, memory, trajs, weight)
-        cell: Any = jax.tree.map(lambda g: config.num_steps * g, mean).cell
-        return Softmax(cell.distribution.logits, cell.distribution.mixture)
-    log_w = jnp.log(weights_of(config, world, params))
-    kernel = held_kernel(
-        certain_logits(world.policies, world.num_actions), log_w, k=k, slots=world.slots
-    )
+    certain = certain_logits(world.policies, world.num_actions)
+    kernel = held_kernel(certain, log_w, k=k, slots=world.slots)
 
     def one(component, key):
         hold_key, start_key, key = jr.split(key, 3)
@@ -207,10 +190,51 @@ def sampled_gradient(
         traj = rollout(forced, env, carry, num_steps=config.num_steps, key=key)[1]
         return sampled.direct_estimate(traj, window, life, k=k, gamma=world.gamma)
 
-    each = max(config.num_episodes // len(world.policies), 1)
-    keys = jr.split(key, (len(world.policies), each))
-    every = jax.vmap(jax.vmap(one, (None, 0)))(jnp.arange(len(world.policies)), keys)
+    each = max(config.num_episodes // len(log_w), 1)
+    keys = jr.split(key, (len(log_w), each))
+    every = jax.vmap(jax.vmap(one, (None, 0)))(jnp.arange(len(log_w)), keys)
     return every.mean(1)
+
+
+def sampled_softmax(
+    config: Config, world: World, k: Array | int, params: Softmax, key: PRNGKeyArray
+) -> tuple[Softmax, Float[Array, ""]]:
+    """∂J by the responsibilities of first visits, and the mean return; no policy is listed."""
+    kernel = held_kernel(*params, k=k, slots=world.slots)
+
+    def run(start_key, key):
+        env = Env(world.env, world.env_params)
+        carry = reset(kernel, env, key=start_key)
+        return rollout(kernel, env, carry, num_steps=config.num_steps, key=key)[1]
+
+    trajs = jax.vmap(run)(*(jr.split(x, config.num_episodes) for x in jr.split(key)))
+    returns = jax.vmap(partial(sampled.discounted_returns, gamma=world.gamma))(trajs)
+    weight = returns - (returns.sum(0) - returns) / (len(returns) - 1)  # of the other episodes
+    memory = jnp.zeros((config.num_episodes, len(params.mixture)))
+    mean = gpomdp.gradient(sampled.responsibilities, kernel, memory, trajs, weight)
+    drawn: Any = jax.tree.map(lambda g: config.num_steps * g, mean).cell.distribution
+    return Softmax(drawn.logits, drawn.mixture), returns[:, 0].mean()
+
+
+def evaluate(
+    config: Config, world: World, k: Array | int, params: PyTree, key: PRNGKeyArray
+) -> tuple[PyTree, Float[Array, ""]]:
+    """∂J in the parameters, or in the weights for mirror and projected ascent; and J.
+
+    J is exact, except where the policies are too many to be listed.
+    """
+    if world.policies is None:
+        return sampled_softmax(config, world, k, params, key)
+    weights, pull = jax.vjp(partial(weights_of, config, world), params)
+    solution = kstep.kstep_values(world.pomdp, world.joint, weights, k=k, gamma=world.gamma)
+    gradient: Any = solution.gradient
+    if config.gradient == "exact":
+        gradient = pull(gradient)[0] if config.method in SOFTMAX else gradient
+    elif config.method in SOFTMAX:
+        gradient, _ = sampled_softmax(config, world, k, params, key)
+    else:
+        gradient = sampled_gradient(config, world, k, jnp.log(weights), key)
+    return gradient, solution.expected_return
 
 
 def update(
@@ -218,31 +242,30 @@ def update(
 ) -> tuple[tuple[Any, Any], Float[Array, ""]]:
     """One step of the ascent, and J before it."""
     params, opt_state = state
-    weights, pull = jax.vjp(partial(weights_of, config, world), params)
-    solution = kstep.kstep_values(world.pomdp, world.joint, weights, k=k, gamma=world.gamma)
-    gradient: Any = solution.gradient
-    if config.gradient == "sampled":
-        gradient = sampled_gradient(config, world, k, params, key)
-    elif config.method in ("product", "mixture"):
-        gradient = pull(gradient)[0]
+    gradient, expected_return = evaluate(config, world, k, params, key)
     width = ascent.range_of_rewards(world.pomdp)
     size = ascent.step_size(k, world.gamma, reward_range=width)
     if config.method == "mirror":
-        return (ascent.mirror_step(params, gradient, size), ()), solution.expected_return
+        return (ascent.mirror_step(params, gradient, size), ()), expected_return
     if config.method == "projected":
         moved = ascent.projected_step(params, gradient, size / len(params))
-        return (moved, ()), solution.expected_return
+        return (moved, ()), expected_return
     descent = jax.tree.map(jnp.negative, gradient)
     updates, opt_state = optimiser(config).update(descent, opt_state)
-    return (optax.apply_updates(params, updates), opt_state), solution.expected_return
+    return (optax.apply_updates(params, updates), opt_state), expected_return
 
 
 def ascend(config: Config, world: World, key: PRNGKeyArray, k: Array) -> Float[Array, " T"]:
-    """max_D J^D - J after 0, 1, …, `num_updates` updates."""
+    """max_D J^D - J after 0, 1, …, `num_updates` updates.
+
+    Where the policies are too many to be listed, the best is that of full sight.
+    """
     start_key, key = jr.split(key)
     step = partial(update, config, world, k)
     keys = jr.split(key, config.num_updates + 1)
     returns = lax.scan(step, init(config, world, start_key), keys)[1]
+    if world.joint is None:
+        return kstep.sighted_return(world.pomdp, gamma=world.gamma) - returns
     return kstep.policy_returns(world.pomdp, world.joint, gamma=world.gamma).max() - returns
 
 
@@ -266,7 +289,7 @@ def bounds(config: Config, world: World) -> Float[np.ndarray, "K T"]:
     width = jax.vmap(width) if config.problem == "aggregated" else width
     shared: Any = {"gamma": world.gamma, "reward_range": float(width(world.pomdp).max())}
     steps = jnp.arange(1, config.num_updates + 1)
-    if config.method in ("product", "mixture"):
+    if world.policies is None or config.method in SOFTMAX:
         return np.array([0 * steps + ascent.gap_bound(k, **shared) for k in config.k])
     rate = partial(ascent.rate_bound, steps, len(world.policies), method=config.method, **shared)
     return np.array([rate(k=k) for k in config.k])
@@ -287,7 +310,8 @@ def run(config: Config) -> None:
         raise ValueError(f"k is {config.k}; it lists different numbers of at least 1")
     world = open_world(config)
     out = records.open_run(config, "kstep", resumable=False)
-    print(f"{config.problem}, {len(world.policies)} policies; directory {out}", file=sys.stderr)
+    count = "unlisted" if world.policies is None else len(world.policies)
+    print(f"{config.problem}, {count} policies; directory {out}", file=sys.stderr)
     keys = jr.split(jr.key(config.seed), config.num_runs)
     gaps = np.asarray(program(config, world)(keys, jnp.asarray(config.k)))
     limit = bounds(config, world)

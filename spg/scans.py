@@ -57,8 +57,7 @@ def linear_scan(
     init = jnp.zeros(u.shape[1:], dtype) if init is None else jnp.asarray(init, dtype)
     if len(u) == 0:
         return u
-    if method == "auto":
-        method = "sequential" if jax.default_backend() == "cpu" else "associative"
+    method = of_backend(method)
     form = {"sequential": _sequential, "associative": _associative, "chunked": _chunked}[method]
 
     tie = lax.optimization_barrier  # the solve wants tangents of both, x and init, or of neither
@@ -84,6 +83,13 @@ def linear_scan(
         return g, by_init + by_first
 
     return lax.custom_linear_solve(residual, tie((u, init)), solve, transpose_solve)[0]
+
+
+def of_backend(method: Method) -> Method:
+    """The method that "auto" stands for where JAX runs; any other as it is."""
+    if method != "auto":
+        return method
+    return "sequential" if jax.default_backend() == "cpu" else "associative"
 
 
 def over_steps(f: Callable) -> Callable:

@@ -287,3 +287,12 @@ def test_bad_input_is_refused_with_its_value(change, message):
     policies, weights = arguments.pop("policies"), arguments.pop("weights")
     with pytest.raises(ValueError, match=message):
         kstep.kstep_values(pomdp, policies, weights, **arguments)
+
+
+def test_full_sight_earns_what_the_best_policy_of_states_earns():
+    """Of all deterministic policies in a world that shows its state."""
+    pomdp = make_pomdp(jr.key(3), num_states=3, num_obs=3)
+    pomdp = pomdp._replace(observation=jnp.eye(3))
+    best = kstep.policy_returns(pomdp, kstep.all_policies(3, 2), gamma=GAMMA).max()
+    for world in (pomdp, sparse(pomdp)):
+        assert np.isclose(kstep.sighted_return(world, gamma=GAMMA), best, rtol=1e-12)

@@ -30,6 +30,7 @@ POLICIES = {
     "s2pg, continuous": {"discrete": False},
     **{f"s2pg, {cell}": {"cell": cell} for cell in ("linear", "lru", "gated", "leaky")},
     "s2pg, two layers": {"cell": "lru", "num_layers": 2},
+    "s2pg, delta": {"cell": "delta", "num_heads": 1},
     "bptt": {"memory": "bptt"},
     "bptt, leaky": {"memory": "bptt", "cell": "leaky"},
     **{m: {"memory": m} for m in ("window", "kstep", "none", "oracle")},

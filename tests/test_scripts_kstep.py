@@ -3,6 +3,8 @@
 import csv
 from dataclasses import replace
 
+import jax
+import jax.random as jr
 import numpy as np
 import pytest
 
@@ -48,6 +50,37 @@ def test_every_method_runs(problem, method, gradient, tmp_path):
     words = {"problem": problem, "method": method, "gradient": gradient, "out": str(out)}
     kstep.main(replace(TINY, **words))
     assert np.isfinite([list(row.values()) for row in read(out / "gap.csv")]).all()
+
+
+def test_policies_too_many_to_list_are_ascended_by_samples(tmp_path):
+    """Matching with m = 3, 3^8 policies: the gap is to full sight, where both agents go up."""
+    out = tmp_path / "run"
+    config = replace(
+        TINY, problem="matching", problem_params={"m": 3.0}, method="mixture", gradient="sampled",
+        k=(1, 4), num_runs=2, num_updates=2, out=str(out),
+    )  # fmt: skip
+    kstep.main(config)
+    best = 0.3 + 0.9**3 / (1 - 0.9)  # .3 for the first step, and 1 in every step from the third on
+    rows = read(out / "gap.csv")
+    assert all(0 < row["gap at the start"] < best for row in rows)
+    with pytest.raises(ValueError, match=r"3\^8 deterministic policies; .* by sampled gradients"):
+        kstep.main(replace(config, gradient="exact"))
+
+
+def test_gradient_and_return_of_samples_are_the_exact_ones():
+    """Of a mixture of two in matching with m = 2, within four standard errors of 16 batches."""
+    config = replace(
+        TINY, problem="matching", method="mixture", gradient="sampled", num_components=2,
+        num_episodes=64, num_steps=80,
+    )  # fmt: skip
+    world, k = kstep.open_world(config), 3
+    params, _ = kstep.init(config, world, jr.key(0))
+    one = lambda key: kstep.sampled_softmax(config, world, k, params, key)
+    found = jax.jit(jax.vmap(one))(jr.split(jr.key(1), 16))
+    exact = kstep.evaluate(replace(config, gradient="exact"), world, k, params, jr.key(0))
+    for batches, truth in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        error = np.std(batches, 0, ddof=1) / 4
+        assert (np.abs(np.mean(batches, 0) - truth) < 4.5 * error + 1e-3).all()
 
 
 @pytest.mark.slow

@@ -22,14 +22,15 @@ import ppo
 import sac
 import td3
 
-from spg.limits import Count, Seed, check
+from spg.limits import Count, Seed, Total, check
 from spg.rollout import reset, rollout
 from spg.training import cli, options, plots, policies, summaries, tables
 
 Task = Literal[
     "cartpole", "acrobot", "pendulum", "memorychain", "tmaze10", "tmaze50", "tmaze200",
     "recall10", "recall50", "cards", "ringworld", "halfcheetah", "ant", "hopper", "walker2d",
-    "units-cartpole", "units-memorychain", "units-tmaze10", "pointmass", "doors",
+    "units-cartpole", "units-memorychain", "units-tmaze10",
+    "matrices-cards", "matrices-ringworld", "matrices-tmaze200", "pointmass", "doors",
 ]  # fmt: skip
 
 
@@ -47,6 +48,8 @@ class Config:
     """which of the task's methods; by default all"""
     algorithm: Literal["ppo", "sac", "td3"] = "ppo"
     """sac and td3 are for the tasks with continuous actions, and show the critic the full state"""
+    total_steps: Total | None = None
+    """environment steps of each seed; by default those of the task"""
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -76,6 +79,11 @@ RINGWORLD: dict[str, dict[str, Any]] = {
     "LRU-64": {"memory": "bptt", "cell": "lru", "z_size": 128},
     **{name: UNITS[name] for name in ("linear-64", "gated-64", "GRU-64")},
     **{name: METHODS[name] for name in METHODS if name not in ("window-5", "oracle")},
+}
+MATRICES: dict[str, dict[str, Any]] = {
+    f"{label} {cell}": {"memory": memory, "cell": cell, "z_size": 64}
+    for label, memory in (("BPTT", "bptt"), ("S2PG", "s2pg"))
+    for cell in ("attention", "delta", "lru", "gated", "gru")
 }
 BPTT: dict[str, Any] = {"memory": "bptt", "state_learning_rate": 3e-4}
 OFF_POLICY: dict[str, dict[str, Any]] = {
@@ -145,15 +153,15 @@ def task(name: str, algorithm: str = "ppo") -> tuple[Any, dict[str, dict[str, An
     Cell, noise, size of z and what is not in `TASKS` are the defaults, the same in every task.
     """
     tasks = TASKS if algorithm == "ppo" else OFF_POLICY_TASKS
-    if name.removeprefix("units-") not in tasks:
+    kind, _, rest = name.rpartition("-")
+    if rest not in tasks:
         raise ValueError(f"task {name!r} is not for {algorithm}; choose from {', '.join(tasks)}")
     if algorithm != "ppo":
         words = {k: v for k, v in tasks[name].items() if algorithm == "sac" or "entropy" not in k}
         return replace(SCRIPTS[algorithm].Config(), **words), OFF_POLICY
-    methods = RINGWORLD if name == "ringworld" else METHODS
-    if name.startswith("units-"):
-        name, methods = name.removeprefix("units-"), UNITS
-    return replace(ppo.Config(), **TASKS[name]), methods
+    own = RINGWORLD if rest == "ringworld" else METHODS
+    methods = {"units": UNITS, "matrices": MATRICES}.get(kind, own)
+    return replace(ppo.Config(), **TASKS[rest]), methods
 
 
 def success(directory: Path, num_episodes: int = 256) -> dict[str, str]:
@@ -192,6 +200,8 @@ def main(config: Config) -> None:
     suffix = "" if config.algorithm == "ppo" else f"-{config.algorithm}"
     out = Path(config.out or f"runs/curves-{config.task}{suffix}")
     shared = replace(shared, num_seeds=config.num_seeds, seed=config.seed)
+    if config.total_steps is not None:
+        shared = replace(shared, total_steps=config.total_steps)
     rows, curves = [], []
     for name in config.methods or methods:
         directory = out / name.replace(" ", "-")

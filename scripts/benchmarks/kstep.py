@@ -4,7 +4,8 @@
     python scripts/benchmarks/kstep.py --parts trap    # PPO and REINFORCE
 
 Trainings are runs of their own under --out, as the scripts leave them; complete ones are not run
-again. Times are medians of interleaved repeats, with SciPy's loop over policies and steps beside.
+again. Times are of the CPU, medians of interleaved repeats, with SciPy's loop over policies and
+steps beside; `taskset -c 0` in front keeps both to one core.
 """
 
 import csv
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(1, str(Path(__file__).parents[2]))
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ import ppo
 import reinforce
 from scipy import sparse
 
+from scripts.benchmarks import timing
 from spg.exact import kstep
 from spg.limits import Count, Range, Total, check
 from spg.training import cli, plots, summaries, tables
@@ -133,12 +136,7 @@ def _compare(
     began = time.perf_counter()
     found, truth = np.asarray(ours()), loop()
     first = time.perf_counter() - began
-    clocks = np.zeros((2, config.repeats))
-    for i in range(config.repeats):
-        for clock, run in zip(clocks, (ours, loop), strict=True):
-            began = time.perf_counter()
-            np.asarray(run())
-            clock[i] = time.perf_counter() - began
+    clocks = timing.interleave((ours, loop), repeats=config.repeats, clock=time.process_time)
     seconds, loop_seconds = np.median(clocks, 1)
     print(f"k = {k}: {first:.1f} s with compilation and one loop", file=sys.stderr)
     return {

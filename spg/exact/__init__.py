@@ -31,6 +31,7 @@ from spg.exact.kstep import (
     kstep_values,
     policy_returns,
     product_weights,
+    sighted_return,
 )
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "product_weights",
     "projected_step",
     "rate_bound",
+    "sighted_return",
     "smoothness",
     "stationary_distribution",
     "steps_needed",

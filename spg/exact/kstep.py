@@ -11,6 +11,7 @@ transitions of D and R_D^k(s) = E Σ_{t<k} γ^t r_t,
 k = 1 with a product distribution w is the ordinary memoryless policy. `spg.exact.ascent` climbs J.
 """
 
+from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from spg.types import Scalar
 from spg.worlds import models
-from spg.worlds.models import POMDP, DensePOMDP
+from spg.worlds.models import POMDP, DensePOMDP, SparsePOMDP
 
 Steps = (
     int | Int[Array, ""]
@@ -87,9 +88,9 @@ def kstep_values(
 
     One linear equation for each of V and ν. Of a `DensePOMDP` it is solved directly, after k
     products of the transition matrix with N S vectors; of a `SparsePOMDP` by iteration of k
-    products with N vectors, log(1/ε) / log(1/γ) at most whatever k is, for rounding ε. Observations
-    may be random; they are drawn anew at every step. The solution of a `DensePOMDP` is
-    differentiable where k is not traced.
+    products with N vectors, log(1/ε) / log(1/γ) at most whatever k is, for rounding ε, and fewer
+    where the chain mixes. Observations may be random; they are drawn anew at every step. The
+    solution of a `DensePOMDP` is differentiable where k is not traced.
 
     `error` is ‖R + γ^k P v - v‖ / (1 - γ^k), the distance of v from the fixed point of a
     contraction, plus 4ε / (1 - γ) for the rounding of that residual and of γ: in single precision
@@ -107,16 +108,21 @@ def kstep_values(
     choice = jnp.einsum("sm,nsma->san", emission, every)  # Pr(a | s) of each policy
     reward = jnp.einsum("san,sa->sn", choice, pomdp.mean_reward())
 
-    def hold(reward, v):  # R_D^k + γ^k P_D^k v
-        step = lambda _, x: reward + gamma * jnp.einsum("san,san->sn", choice, pomdp.expect(x))
-        last = jnp.einsum("san,sa->sn", choice, pomdp.expect(v[:, None])[..., 0])
-        return lax.fori_loop(1, k, step, reward + gamma * last)
+    expect = lambda x: jnp.einsum("san,san->sn", choice, pomdp.expect(x))
+    push = lambda x: pomdp.push(choice * x[:, None])
+    if isinstance(pomdp, SparsePOMDP) and observation.shape[1] == 1:
+        expect, push = _taken(pomdp, action[..., 0].T)
 
-    def release(x):  # γ^k x P_D^k
-        return lax.fori_loop(0, k, lambda _, x: gamma * pomdp.push(choice * x[:, None]), x)
+    def hold(reward, v):  # R_D^k + γ^k P_D^k v; the first product is of one vector
+        last = jnp.einsum("san,sa->sn", choice, pomdp.expect(v[:, None])[..., 0])
+        return lax.fori_loop(1, k, lambda _, x: reward + gamma * expect(x), reward + gamma * last)
+
+    def release(x):  # γ^k Σ_D x_D P_D^k; the last product is of one vector
+        x = lax.fori_loop(1, k, lambda _, x: gamma * push(x), x)
+        return gamma * pomdp.push((choice * x[:, None]).sum(-1, keepdims=True))[:, 0]
 
     ahead = lambda v: hold(jnp.zeros_like(reward), v) @ weights
-    behind = lambda d: release(d[:, None] * weights).sum(1)
+    behind = lambda d: release(d[:, None] * weights)
     window_reward = hold(reward, jnp.zeros_like(pomdp.start)) @ weights
     fresh = 1 - gamma**k
     start = fresh * pomdp.start
@@ -125,12 +131,16 @@ def kstep_values(
         system = identity - jax.vmap(ahead, 1, 1)(identity)
         value = jnp.linalg.solve(system, window_reward)
         window_distribution = jnp.linalg.solve(system.T, start)
+        residual = start + behind(window_distribution) - window_distribution
     else:
-        value = _fixed_point(ahead, window_reward, k, gamma)
-        window_distribution = _fixed_point(behind, start, k, gamma)
+        value, _ = _series(ahead, window_reward, k, gamma)
+        window_distribution, moved = _series(behind, start, k, gamma)
+        residual = (
+            gamma**k * moved
+        )  # a bound in ‖·‖₁: the residual before the last term was `moved`
     q_value = hold(reward, value)
     of_value = _ratio(jnp.abs(q_value @ weights - value).max(), jnp.abs(value).max())
-    of_windows = jnp.abs(start + behind(window_distribution) - window_distribution).sum()
+    of_windows = jnp.abs(residual).sum()
     rounding = 4 * jnp.finfo(value.dtype).eps / (1 - gamma)
     return KStepValues(
         value=value,
@@ -153,6 +163,14 @@ def policy_returns(
 
     check(pomdp, policies, None, k=1, gamma=gamma)
     return lax.map(one, jnp.asarray(policies))
+
+
+def sighted_return(pomdp: POMDP, *, gamma: Scalar) -> Float[Array, ""]:
+    """J of the best policy that sees the state, which no other exceeds; by value iteration."""
+    reward = pomdp.mean_reward()
+    best = lambda _, v: jnp.max(reward + gamma * pomdp.expect(v[:, None])[..., 0], 1)
+    steps = jnp.ceil(jnp.log(jnp.finfo(reward.dtype).eps) / jnp.log(gamma)).astype(int)
+    return pomdp.start @ lax.fori_loop(0, steps, best, jnp.zeros_like(pomdp.start))
 
 
 # --- checks and solvers
@@ -200,21 +218,49 @@ def _known(x: object) -> bool:
     return not isinstance(x, core.Tracer)
 
 
-def _fixed_point(rest, rhs: Float[Array, " S"], k: Steps, gamma: Scalar) -> Float[Array, " S"]:
-    """x = rhs + rest(x) by iteration, until only rounding moves x.
+def _taken(pomdp: SparsePOMDP, action: Int[Array, "S N"]) -> tuple[Callable, Callable]:
+    """P_D x_D and x_D P_D of each policy D, `[S, N]`, from the successors of its action alone."""
+    num_states, num = action.shape
+    pick = lambda x: jnp.moveaxis(jnp.take_along_axis(x, action[:, :, None], 1), -1, 0)
+    place = pick(pomdp.successor) * num + jnp.arange(num, dtype=pomdp.successor.dtype)
+    probability = pick(pomdp.probability)
 
-    `rest` contracts by γ^k, or faster where episodes end, so the count is bounded beforehand.
+    def expect(x):
+        x = x.reshape(-1)
+        add = lambda j, y: y + probability[j] * x[place[j]]
+        return lax.fori_loop(0, len(place), add, jnp.zeros((num_states, num), x.dtype))
+
+    def push(x):
+        zero = jnp.zeros(num_states * num, x.dtype)
+        return zero.at[place].add(probability * x).reshape(num_states, num)
+
+    return expect, push
+
+
+def _series(
+    rest: Callable, rhs: Float[Array, " S"], k: Steps, gamma: Scalar
+) -> tuple[Float[Array, " S"], Float[Array, " S"]]:
+    """x = rhs + rest(x) by the sum of rest^n(rhs), until only rounding moves x; and what moved it.
+
+    `rest` is γ^k times a stochastic matrix, so the count of terms is bounded beforehand. A term d
+    with rest(d) = γ^k d, as where the chain has mixed or its episodes have ended, is the last: the
+    terms after d sum up to γ^k / (1 - γ^k) d.
     """
-    eps = jnp.finfo(rhs.dtype).eps
+    eps, shrink = jnp.finfo(rhs.dtype).eps, gamma**k
     most = jnp.ceil(jnp.log(eps) / (k * jnp.log(gamma)))
 
     def step(state):
-        x, _, count = state
-        moved = rhs + rest(x)
-        return moved, jnp.abs(moved - x).max() > eps * jnp.abs(moved).max(), count + 1
+        total, term, _, count = state
+        after = rest(term)
+        x = total + after + shrink / (1 - shrink) * after
+        moved = (after - shrink * term) / (1 - shrink)
+        going = jnp.abs(moved).max() > eps * jnp.abs(x).max()
+        return total + after, after, (x, moved, going), count + 1
 
-    going = lambda state: state[1] & (state[2] < most)
-    return lax.while_loop(going, step, (rhs, jnp.array(True), 0))[0]
+    going = lambda state: state[2][2] & (state[3] < most)
+    start = rhs, rhs, (rhs, jnp.full_like(rhs, jnp.inf), jnp.array(True)), 0
+    x, moved, _ = lax.while_loop(going, step, start)[2]
+    return x, moved
 
 
 def _ratio(x: Array, of: Array) -> Float[Array, ""]:

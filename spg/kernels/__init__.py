@@ -46,6 +46,7 @@ from spg.kernels.heads import (
 from spg.kernels.held import Held, HeldHead, HeldState, certain_logits, held_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear, LinearUnit
+from spg.kernels.matrix import DeltaRule, LinearAttention, MatrixUnit, QueryHead
 from spg.kernels.networks import MLP, Flat, Identity, Normalizer, trainable
 from spg.kernels.seeds import Seed, SeedState, seed_start
 from spg.kernels.stack import Stack
@@ -58,6 +59,7 @@ __all__ = [
     "Cell",
     "Computed",
     "Critic",
+    "DeltaRule",
     "DeterministicHead",
     "Drawn",
     "Empty",
@@ -77,8 +79,10 @@ __all__ = [
     "Kernel",
     "LeakyFilter",
     "Linear",
+    "LinearAttention",
     "LinearUnit",
     "Location",
+    "MatrixUnit",
     "MixtureHead",
     "NetworkMemory",
     "NormalAround",
@@ -86,6 +90,7 @@ __all__ = [
     "Normalizer",
     "PolicyConfig",
     "QCritic",
+    "QueryHead",
     "Roll",
     "Seed",
     "SeedState",

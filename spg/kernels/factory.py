@@ -31,6 +31,7 @@ from spg.kernels.heads import (
 )
 from spg.kernels.kernel import Kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear
+from spg.kernels.matrix import DeltaRule, LinearAttention, QueryHead, matrix_shape
 from spg.kernels.networks import Flat, Identity, Normalizer
 from spg.kernels.seeds import Seed, SeedFeature, seed_start
 from spg.kernels.stack import Stack
@@ -39,7 +40,8 @@ from spg.scans import num_segments
 from spg.types import Spec
 
 DRAWN = ("s2pg", "bptt")  # memories with a cell
-Unit = Literal["linear", "gru", "lru", "gated", "leaky"]
+Unit = Literal["linear", "gru", "lru", "gated", "leaky", "attention", "delta"]
+MATRIX = ("attention", "delta")  # units whose state is a matrix
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,14 @@ class PolicyConfig:
     that is held for k steps; none and oracle have no memory, the oracle sees the state"""
     cell: Annotated[Unit, Needs(memory=DRAWN)] = "linear"
     """the unit that places z' (s2pg, bptt); leaky takes one-hot observations and the previous
-    action"""
+    action; attention and delta keep matrices, which the head reads by queries"""
     num_layers: Annotated[Count, Needs(memory=DRAWN)] = 1
-    """of linear, lru or gated units, one above the other, or of lru above leaky (s2pg, bptt)"""
+    """of linear units (all but gru), one above the other, or of lru above leaky (s2pg, bptt)"""
+    num_heads: Annotated[Count, Needs(memory=DRAWN, cell=MATRIX)] = 4
+    """matrices of a layer (cell attention, delta)"""
+    key_size: Annotated[Count, Needs(memory=DRAWN, cell=MATRIX)] = 4
+    """rows of each matrix; the columns are z_size / (num_layers num_heads key_size) (attention,
+    delta)"""
     z_size: Annotated[Size, Needs(memory=(*DRAWN, "kstep"))] = 32
     """size of the internal state, of all layers together (s2pg, bptt), where a complex number takes
     two; or the number of seeds (kstep)"""
@@ -137,6 +144,11 @@ def make_kernel(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Kerne
             cell = Drawn(NormalAround(location, log_std))
         if config.cell == "leaky":
             normalizer = Identity()
+    if config.memory in DRAWN and config.cell in MATRIX:
+        shape = matrix_shape(z0.size, config.num_layers * config.num_heads, config.key_size)
+        query_key, head_key = jr.split(head_key)
+        head = _head(config, spec, spec.obs_size + shape[0] * shape[2], key=head_key)
+        return Kernel(cell, QueryHead(head, spec.obs_size, shape, key=query_key), normalizer, z0)
     head = _head(config, spec, spec.obs_size + seen(z0).size, key=head_key)
     if not isinstance(seen, Flat):
         head = FeatureHead(head, seen)
@@ -157,7 +169,10 @@ def _filter(config: PolicyConfig, spec: Spec) -> Any:
 
 def _recurrent(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Location:
     units = {"gru": GRU, "linear": Linear, "lru": LRU, "gated": Gated, "leaky": LRU}
+    units |= {"attention": LinearAttention, "delta": DeltaRule}
     make = bottom = units[config.cell]
+    if config.cell in MATRIX:
+        make = bottom = partial(make, num_heads=config.num_heads, key_size=config.key_size)
     if config.cell == "leaky":
         if not spec.previous_action:
             raise ValueError("cell 'leaky' turns its state by the last action: previous_action on")

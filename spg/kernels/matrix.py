@@ -1,0 +1,198 @@
+"""Linear memories whose state is a matrix: values are written under keys and read by queries.
+
+z holds H matrices S of d_k x d_v, one after the other and each row by row. A unit is
+S' = A(o) S + U(o), linear in S. The head sees what queries of the observation read, Sᵀ q(o).
+"""
+
+import math
+from abc import abstractmethod
+from functools import partial
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from spg.distributions import Distribution
+from spg.kernels.cells import INSIDE, Location
+from spg.kernels.heads import Head
+from spg.scans import Method, linear_scan, of_backend, over_steps
+
+Shape = tuple[int, int, int]  # H, d_k, d_v
+
+
+class MatrixUnit(Location):
+    """S' = A(o) S + U(o) for each head, with a decay a in A, and a key k and a value v in U.
+
+    The decay is a scalar, a = exp(-softplus(w o + b)), as in Mamba-2, Dao & Gu (2024). Keys longer
+    than 1 are cut to 1: A never expands, and U grows no faster than the observation.
+    """
+
+    inputs: eqx.nn.Linear  # o to decays, other gates, keys and values
+    shape: Shape = eqx.field(static=True)
+    method: Method = eqx.field(static=True)
+    num_gates: ClassVar[int] = 1  # of a head, that of the decay first
+
+    def __init__(
+        self,
+        obs_size: int,
+        z_size: int,
+        *,
+        num_heads: int = 4,
+        key_size: int = 4,
+        min_decay: float = 0.4,
+        max_decay: float = 0.999,
+        method: Method = "auto",
+        key: PRNGKeyArray,
+    ):
+        """`z_size` is H d_k d_v. The heads' time constants -1/log a at o = 0 start log-evenly
+        spread between those of the two given decays, the slowest first.
+
+        Raises ValueError for decays outside (0, 1), and unless H d_k divides `z_size`.
+        """
+        INSIDE.check("min_decay", min_decay)
+        INSIDE.check("max_decay", max_decay)
+        self.shape, self.method = matrix_shape(z_size, num_heads, key_size), method
+        size = num_heads * (self.num_gates + key_size + self.shape[2])
+        low, high = (math.log(-math.log(x)) for x in (max_decay, min_decay))
+        rates = jnp.exp(jnp.linspace(low, high, num_heads))
+        bias = jnp.zeros(size).at[:num_heads].set(jnp.log(jnp.expm1(rates)))
+        linear = eqx.nn.Linear(obs_size, size, key=key)
+        self.inputs = eqx.tree_at(lambda linear: linear.bias, linear, bias)
+
+    @abstractmethod
+    def affine(self, obs: Float[Array, " o"]) -> tuple[Array, Float[Array, "H K V"]]:
+        """A, a scalar `[H]` or a matrix `[H, d_k, d_k]` for each head, and U."""
+
+    def parts(self, obs: Float[Array, " o"]) -> tuple[Array, Array, Array, Array]:
+        """log a `[H]`, logits of further gates, keys `[H, d_k]` and values `[H, d_v]`."""
+        heads, size, values = self.shape
+        widths = heads, heads * (self.num_gates - 1), heads * size
+        decay, gate, k, v = jnp.split(self.inputs(obs), np.cumsum(widths))
+        return -jax.nn.softplus(decay), gate, cut(k.reshape(heads, size)), v.reshape(heads, values)
+
+    def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Float[Array, " n"]:
+        decay, u = self.affine(obs)
+        return (_times(decay, z.reshape(self.shape)) + u).reshape(-1)
+
+    def unroll(
+        self,
+        obs: Float[Array, "L o"],
+        z: Float[Array, " n"],
+        first: Bool[Array, " L"],
+        z0: Float[Array, " n"],
+    ) -> Float[Array, "L n"]:
+        decay, u = over_steps(self.affine)(obs)
+        opens = lambda x: first.reshape(-1, *(1,) * (x.ndim - 1))
+        u = jnp.where(opens(u), u + _times(decay, z0.reshape(self.shape)), u)
+        decay = jnp.where(opens(decay), 0.0, decay)
+        scan = partial(linear_scan, method=self.method)
+        if decay.ndim == u.ndim:  # matrices: each column of S is a recurrence of its own
+            scan = jax.vmap(jax.vmap(scan, (None, -1, -1), -1), (1, 1, 0), 1)
+        return scan(decay, u, z.reshape(self.shape)).reshape(len(first), -1)
+
+
+class LinearAttention(MatrixUnit):
+    """S' = a S + √(1 - a²) k vᵀ: linear attention, Katharopoulos et al. (2020), with decays.
+
+    Theirs, eq. 18, has a = 1. A decay a head and no normaliser are those of RetNet, Sun et al.
+    (2023); √(1 - a²) is that of `Linear`.
+    """
+
+    @property
+    def write(self) -> Float[Array, " n"]:
+        heads, size, values = self.shape
+        rate = jax.nn.softplus(jnp.asarray(self.inputs.bias)[:heads])
+        return jnp.repeat(jnp.sqrt(-jnp.expm1(-2 * rate) / size), size * values)
+
+    def affine(self, obs: Float[Array, " o"]) -> tuple[Float[Array, " H"], Float[Array, "H K V"]]:
+        log_decay, _, k, v = self.parts(obs)
+        return jnp.exp(log_decay), _outer(jnp.sqrt(-jnp.expm1(2 * log_decay))[:, None] * k, v)
+
+
+class DeltaRule(MatrixUnit):
+    """S' = a (I - β k kᵀ) S + β k vᵀ, β = σ(w o + b): the gated delta rule, Yang et al. (2024).
+
+    What the key reads, kᵀ S, moves to v by a share β: all the way if β = |k| = 1. With a = 1 that
+    is Schlag et al. (2021).
+    """
+
+    num_gates: ClassVar[int] = 2
+
+    @property
+    def write(self) -> Float[Array, " n"]:
+        beta = jax.nn.sigmoid(jnp.asarray(self.inputs.bias)[self.shape[0] : 2 * self.shape[0]])
+        return jnp.repeat(beta / self.shape[1] ** 0.5, self.shape[1] * self.shape[2])
+
+    def affine(self, obs: Float[Array, " o"]) -> tuple[Array, Float[Array, "H K V"]]:
+        log_decay, gate, k, v = self.parts(obs)
+        write = jax.nn.sigmoid(gate)[:, None] * k
+        erase = jnp.eye(k.shape[1]) - _outer(write, k)
+        return jnp.exp(log_decay)[:, None, None] * erase, _outer(write, v)
+
+    def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Float[Array, " n"]:
+        log_decay, gate, k, v = self.parts(obs)
+        state = jnp.exp(log_decay)[:, None, None] * z.reshape(self.shape)
+        error = v - read(state, k)
+        return (state + _outer(jax.nn.sigmoid(gate)[:, None] * k, error)).reshape(-1)
+
+    def unroll(
+        self,
+        obs: Float[Array, "L o"],
+        z: Float[Array, " n"],
+        first: Bool[Array, " L"],
+        z0: Float[Array, " n"],
+    ) -> Float[Array, "L n"]:
+        """In sequence step by step, without matrices A, on a CPU 10 times faster than with them."""
+        if of_backend(self.method) == "sequential":
+            return Location.unroll(self, obs, z, first, z0)
+        return super().unroll(obs, z, first, z0)
+
+
+class QueryHead(eqx.Module):
+    """A head that sees what queries of the observation read of z', Sᵀ q(o) of each head of S."""
+
+    head: Head
+    queries: eqx.nn.Linear
+    shape: Shape = eqx.field(static=True)
+
+    def __init__(self, head: Head, obs_size: int, shape: Shape, *, key: PRNGKeyArray):
+        self.head, self.shape = head, shape
+        self.queries = eqx.nn.Linear(obs_size, shape[0] * shape[1], key=key)
+
+    def __call__(self, obs: Float[Array, " o"], z_next: Float[Array, " n"]) -> Distribution:
+        q = cut(self.queries(obs).reshape(self.shape[:2]))
+        return self.head(obs, read(z_next.reshape(self.shape), q).reshape(-1))
+
+
+def matrix_shape(z_size: int, num_heads: int, key_size: int) -> Shape:
+    """(H, d_k, d_v) with H d_k d_v = z_size. Raises ValueError where no whole d_v does it."""
+    rows = num_heads * key_size
+    if z_size % rows:
+        raise ValueError(
+            f"z_size {z_size} is not num_heads {num_heads} x key_size {key_size} x the size of a "
+            f"value; a multiple of {rows} would do"
+        )
+    return num_heads, key_size, z_size // rows
+
+
+def cut(x: Float[Array, "... n"]) -> Float[Array, "... n"]:
+    """x / max(1, |x|)."""
+    return x * lax.rsqrt(jnp.maximum(1.0, jnp.sum(x**2, -1, keepdims=True)))
+
+
+def read(state: Float[Array, "H K V"], key: Float[Array, "H K"]) -> Float[Array, "H V"]:
+    """Sᵀ k of each head; as a sum, which XLA fuses on a CPU."""
+    return jnp.sum(key[..., None] * state, -2)
+
+
+def _outer(k: Float[Array, "H K"], v: Float[Array, "H V"]) -> Float[Array, "H K V"]:
+    return k[:, :, None] * v[:, None]
+
+
+def _times(decay: Array, state: Array) -> Array:
+    """A S, for scalars and for matrices A."""
+    return decay[..., None, None] * state if decay.ndim < 3 else decay @ state
