@@ -40,7 +40,7 @@ from spg.kernels.networks import Unseen
 from spg.limits import Count, Fraction, NonNegative, Positive, Size
 from spg.rollout import Carry
 from spg.scans import join_segments
-from spg.training import cli, loop
+from spg.training import cli, loop, on_policy
 from spg.training.demonstrations import Demonstrations
 from spg.training.descent import adam, descend
 from spg.training.imitation import ImitationConfig, measured, open_demonstrations
@@ -74,7 +74,7 @@ class Config(ImitationConfig, ppo.Config):
 
 
 class Learned(NamedTuple):
-    imitator: ppo.Learned
+    imitator: on_policy.Learned
     discriminator: QCritic  # of (s, a): one logit
     opt_state: optax.OptState
 
@@ -111,7 +111,7 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     """One update: a rollout that the discriminator pays, PPO on it, then the discriminator."""
     key, rollout_key, ppo_key, expert_key = jr.split(state.key, 4)
     imitator, discriminator, opt_state = state.learned
-    carry, traj, episodes = ppo.collect(
+    carry, traj, episodes = on_policy.collect(
         config, env, imitator.kernel, state.world.carry, rollout_key
     )
     pay = {"logistic": imitation.logistic_reward, "least-squares": imitation.least_squares_reward}
@@ -125,8 +125,8 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     keys = jr.split(expert_key, config.discriminator_steps)
     (discriminator, opt_state), of_loss = lax.scan(learn, (discriminator, opt_state), keys)
     metrics |= {"paid": reward.mean()} | jax.tree.map(jnp.mean, of_loss)
-    learned = Learned(imitator, discriminator, opt_state)
-    return State(learned, World(carry, state.world.expert), key), ppo.report(episodes, metrics)
+    learned, world = Learned(imitator, discriminator, opt_state), World(carry, state.world.expert)
+    return State(learned, world, key), on_policy.report(episodes, metrics)
 
 
 def discriminate(
@@ -172,8 +172,8 @@ def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop
             "discriminator_entropy 0 would do"
         )
     expert = open_demonstrations(config, least=config.discriminator_batch)
-    start = partial(init, expert=expert, policy=policy)
-    return measured(ppo.algorithm(config, "gail", init=start, step=step, policy=policy), expert)
+    parts = {"init": partial(init, expert=expert, policy=policy), "step": step, "policy": policy}
+    return measured(on_policy.algorithm(config, "gail", **parts), expert)
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ class World(NamedTuple):
     pomdp: POMDP
     env_params: PyTree
     env: Any
-    policies: Int[np.ndarray, "N L"] | None  # None: too many to be listed
-    joint: Int[np.ndarray, "N O"] | None  # their actions at each observation
+    policies: Any  # Int[np.ndarray, "N L"], or None: too many to be listed
+    joint: Any  # Int[np.ndarray, "N O"], their actions at each observation, or None
     slots: Int[np.ndarray, "O I"]
     num_actions: int  # of one agent
     gamma: float
@@ -176,7 +176,7 @@ def init(config: Config, world: World, key: PRNGKeyArray) -> tuple[PyTree, PyTre
 
 
 def sampled_gradient(
-    config: Config, world: World, k: Array, log_w: Float[Array, " N"], key: PRNGKeyArray
+    config: Config, world: World, k: Array | int, log_w: Float[Array, " N"], key: PRNGKeyArray
 ) -> Float[Array, " N"]:
     """∂J/∂w, by holding each policy."""
     env = Env(world.env, world.env_params)

@@ -43,6 +43,13 @@ class Reparameterised(Protocol):
     def at(self, noise: Any) -> Any: ...
 
 
+@runtime_checkable
+class Comparable(Protocol):
+    """A distribution that tells KL(self ‖ new), `new` of the same class, in nats."""
+
+    def kl(self, new: Any) -> Array: ...
+
+
 class Delta(eqx.Module):
     """The distribution of a computed value: all of its mass is at `loc`."""
 
@@ -62,6 +69,10 @@ class Delta(eqx.Module):
         return jnp.zeros(())
 
     def entropy(self) -> Float[Array, ""]:
+        return jnp.zeros(())
+
+    def kl(self, new: "Delta") -> Float[Array, ""]:
+        """Zero, as `log_prob` is."""
         return jnp.zeros(())
 
 
@@ -104,6 +115,11 @@ class Normal(eqx.Module):
 
     def entropy(self) -> Float[Array, ""]:
         return self._parts * jnp.sum(jnp.log(self.std) + 0.5 * (_LOG_2PI + 1))
+
+    def kl(self, new: "Normal") -> Float[Array, ""]:
+        shift, ratio = (self.loc - new.loc) / new.std, self.std / new.std
+        square = jnp.real(shift * jnp.conj(shift))
+        return 0.5 * jnp.sum(square + self._parts * (ratio**2 - 1 - 2 * jnp.log(ratio)))
 
     @property
     def _parts(self) -> int:
@@ -166,6 +182,10 @@ class TanhNormal(eqx.Module):
         weights = jnp.asarray(_WEIGHTS / _WEIGHTS.sum(), self.loc.dtype)
         return Normal(self.loc, self.std).entropy() + jnp.sum(weights @ _log_tanh_slope(u))
 
+    def kl(self, new: "TanhNormal") -> Float[Array, ""]:
+        """That of u: tanh is invertible."""
+        return Normal(self.loc, self.std).kl(Normal(new.loc, new.std))
+
 
 class Categorical(eqx.Module):
     """The distribution of an integer with unnormalised log-probabilities `logits`.
@@ -196,6 +216,12 @@ class Categorical(eqx.Module):
         log_p = jax.nn.log_softmax(self.logits)
         p = jnp.exp(log_p)
         return -jnp.sum(p * jnp.where(p > 0, log_p, 0.0))  # 0 log 0 := 0, its gradient too
+
+    def kl(self, new: "Categorical") -> Float[Array, ""]:
+        """With the same `support`."""
+        log_p, log_q = jax.nn.log_softmax(self.logits), jax.nn.log_softmax(new.logits)
+        p = jnp.exp(log_p)
+        return jnp.sum(p * jnp.where(p > 0, log_p - log_q, 0.0))
 
     def _value(self, i: Int[Array, ""]) -> Int[Array, ""]:
         return i if self.support is None else self.support[i]

@@ -16,7 +16,7 @@ from spg.estimators.surrogate import ppo_surrogate
 from spg.kernels.critics import Critic
 from spg.kernels.networks import Flat
 from spg.rollout import rollout
-from spg.training import options
+from spg.training import on_policy, options
 from spg.types import Transition
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -183,7 +183,7 @@ def test_ppo_divides_what_it_has_into_parts_that_make_up_the_advantage():
         seen = kernel.normalizer
         by_action = jax.grad(lambda z, step: kernel.head(seen(step.obs), z).log_prob(step.action))
         slopes = [jax.vmap(jax.vmap(f))(traj.z_next, traj) for f in (by_action, by_value)]
-        return ppo.weigh(config, kernel, critic, traj)[0], traj, delta, slopes
+        return on_policy.weigh(config, kernel, critic, traj)[0], traj, delta, slopes
 
     (segments, old, advantage, _), traj, delta, (by_action, by_value) = weighed(jr.key(0))
     assert segments.reward.shape == advantage.shape == (6, 4)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tyro.conf import Suppress
 
-from scripts import evaluate, filters, gamp, gpomdp, kstep, ppo, reinforce, sac, td3
+from scripts import evaluate, filters, gamp, gpomdp, kstep, ppo, reinforce, sac, td3, trpo
 from scripts.benchmarks import (
     controllers,
     curves,
@@ -53,7 +53,7 @@ from spg.worlds.traps import cartpole, chain, matching, random_aggregated
 ROOT = Path(__file__).parents[1]
 EVERY = [
     evaluate,
-    ppo, reinforce, sac, td3, gamp, gpomdp, kstep, filters, controllers, curves, gamp_scale,
+    ppo, trpo, reinforce, sac, td3, gamp, gpomdp, kstep, filters, controllers, curves, gamp_scale,
     gpomdp_variance, kstep_benchmark, memory, offpolicy_times, questions, scans,
 ]  # fmt: skip
 HUGE = "99999999999999999999"
@@ -123,6 +123,12 @@ def command(script, words, monkeypatch):
         (ppo, "--env ringworld-pomdp --observe all --env-params epsilon 2", "epsilon is 2; it has"),
         (ppo, "--env chain-pomdp --observe all --env-params n 1e9", "a chain of 1,000,000,000 ste"),
         (ppo, "--num-envs 1e7 --num-minibatches 1 --total-steps 1e12", "GiB of memory at least; "),
+        (trpo, "--max-kl 0", "max_kl is 0.0; it has to be above 0; 0.01 to 0.1 is usual"),
+        (trpo, "--max-kl -0.01", "max_kl is -0.01"),
+        (trpo, "--max-kl nan", "max_kl is nan"),
+        (trpo, "--cg-steps 0", "cg_steps is 0; it has to be at least 1"),
+        (trpo, "--damping -0.1", "damping is -0.1; it has to be at least 0"),
+        (trpo, "--fisher-every 0", "fisher_every is 0; it has to be at least 1"),
         (reinforce, "--gamma 2", "gamma is 2.0"),
         (reinforce, "--num-envs 1", "num_envs is 1; it has to be at least 2; baselines need two"),
         (reinforce, "--num-steps -1", "num_steps is -1"),

@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 from test_training_loop import assert_same_run
 
-from scripts import gamp, gpomdp, ppo, reinforce
+from scripts import gamp, gpomdp, ppo, reinforce, trpo
 from spg.training import loop, options
 from spg.training.metrics import read_metrics
 from spg.training.records import open_run
@@ -24,6 +24,9 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 SMALL = {"num_envs": 4, "num_seeds": 2, "z_size": 4, "eval_episodes": 2, "hidden": (8,)}
 PPO = ppo.Config(
     num_steps=8, num_minibatches=2, num_epochs=2, total_steps=64, checkpoints=1, **SMALL
+)
+TRPO = trpo.Config(
+    num_steps=8, num_minibatches=2, num_epochs=1, cg_steps=2, total_steps=64, checkpoints=1, **SMALL
 )
 REINFORCE = reinforce.Config(
     env="TMaze-memory", env_params={"length": 5}, total_steps=48, checkpoints=1, **SMALL
@@ -63,6 +66,37 @@ def test_ppo_runs_with_every_memory(memory, tmp_path):
     data = two_updates(ppo, replace(PPO, memory=memory, **CHAIN), tmp_path)
     assert np.isfinite(data["gradient_norm"]).all()
     assert ((data["kl_z"] > 0).all()) == (memory in ("s2pg", "kstep"))
+
+
+@pytest.mark.parametrize(
+    "memory", ["s2pg", *(slow(x) for x in ("bptt", "window", "kstep", "none", "oracle"))]
+)
+def test_trpo_runs_with_every_memory(memory, tmp_path):
+    """Also seeds side by side: each stays within the limit, and their last digits are their own."""
+    data = two_updates(trpo, replace(TRPO, memory=memory, **CHAIN), tmp_path)
+    assert (data["kl"] <= TRPO.max_kl).all()
+    assert ((data["step_share"] > 0) == (data["gain"] > 0)).all()
+    assert data["step_share"].any()
+    assert ((data["kl_z"] > 0).any()) == (memory in ("s2pg", "kstep"))
+
+
+@pytest.mark.slow
+def test_a_seed_of_trpo_is_the_same_alone_and_resumed(tmp_path):
+    """Among others it is itself, and a run that was cut short ends as the whole one."""
+    config = replace(TRPO, total_steps=128, **CHAIN)
+    run(trpo, whole_and_half(trpo, config, tmp_path))
+    assert_same_run(tmp_path / "whole", tmp_path / "half")
+    run(trpo, replace(config, seed=1, num_seeds=1, checkpoints=2, out=str(tmp_path / "alone")))
+    whole, alone = (read_metrics(tmp_path / name) for name in ("whole", "alone"))
+    for column in alone:
+        np.testing.assert_allclose(whole[column][1], alone[column][0], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_trpo_runs_by_the_score_alone_with_continuous_actions(tmp_path):
+    config = replace(TRPO, env="Pendulum-v1", memory_gradient="score", actions="tanh-normal")
+    data = two_updates(trpo, config, tmp_path)
+    assert (data["kl"] <= TRPO.max_kl).all()
 
 
 @pytest.mark.slow

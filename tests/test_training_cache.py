@@ -12,10 +12,10 @@ import jax
 import pytest
 import walk
 from jax.experimental.compilation_cache import compilation_cache
-from test_scripts import PPO, REINFORCE
+from test_scripts import PPO, REINFORCE, TRPO
 from test_scripts_off_policy import SAC, TD3
 
-from scripts import gamp, gpomdp, ppo, reinforce, sac, td3
+from scripts import gamp, gpomdp, ppo, reinforce, sac, td3, trpo
 from spg import limits
 from spg.training import cli
 
@@ -71,8 +71,9 @@ GPOMDP = gpomdp.Config(
 @pytest.mark.parametrize(
     ("script", "config"),
     [
-        slow(ppo, replace(PPO, env="Pendulum-v1")), slow(reinforce, REINFORCE), slow(sac, SAC),
-        slow(td3, TD3), slow(gpomdp, GPOMDP), slow(gamp, replace(GAMP, optimiser="adam")),
+        slow(ppo, replace(PPO, env="Pendulum-v1")), slow(trpo, TRPO), slow(reinforce, REINFORCE),
+        slow(sac, SAC), slow(td3, TD3), slow(gpomdp, GPOMDP),
+        slow(gamp, replace(GAMP, optimiser="adam")),
     ],
 )  # fmt: skip
 def test_no_script_compiles_for_other_floats_and_seeds_and_lengths(

@@ -10,11 +10,11 @@ from functools import partial
 import numpy as np
 import pytest
 import walk
-from test_scripts import CHAIN, PPO, REINFORCE
+from test_scripts import CHAIN, PPO, REINFORCE, TRPO
 from test_scripts_off_policy import SAC, TD3
 from test_training_loop import assert_same_run
 
-from scripts import ppo, reinforce, sac, sweep, td3
+from scripts import ppo, reinforce, sac, sweep, td3, trpo
 from spg.training import cli, grids, options, summaries
 from spg.training.metrics import read_metrics
 from spg.training.terminal import Interruption
@@ -87,6 +87,7 @@ def test_a_sweep_that_was_cut_short_goes_on_to_the_same_bits(tmp_path):
     ("script", "config", "words"),
     [
         slow(ppo, replace(PPO, **CHAIN), ("learning-rate 1e-3 1e-2", "clip 0.1 0.3")),
+        slow(trpo, replace(TRPO, **CHAIN), ("max-kl 0.01 0.1", "damping 0.1 1")),
         slow(reinforce, REINFORCE, ("learning-rate 1e-3 1e-2", "gamma 0.9 1")),
         slow(sac, SAC, ("gamma 0.9 0.99", "temperature 0.01 0.1")),
         slow(td3, TD3, ("gamma 0.9 0.99", "target-noise 0 0.3")),

@@ -35,7 +35,7 @@ from spg.kernels.linear import Linear
 from spg.kernels.networks import trainable
 from spg.limits import Count, Seed, Size, check
 from spg.rollout import rollout
-from spg.training import cli, options, records, tables
+from spg.training import cli, on_policy, options, records, tables
 from spg.types import Env
 
 
@@ -141,7 +141,7 @@ def init(method: Method, env: Env, key: PRNGKeyArray) -> ppo.State:
     cell = Linear(state.world.obs.shape[-1], method.config.z_size, method="associative", key=key)
     kernel = eqx.tree_at(lambda kernel: kernel.cell.location, state.learned.kernel, cell)
     agent = ppo.Agent(kernel, state.learned.critic)
-    opt_state = ppo.optimiser(method.config).init(eqx.filter(agent, trainable(agent)))
+    opt_state = on_policy.optimiser(method.config).init(eqx.filter(agent, trainable(agent)))
     return state._replace(learned=ppo.Learned(*agent, opt_state))
 
 

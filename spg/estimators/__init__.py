@@ -43,6 +43,13 @@ from spg.estimators.returns import gae, returns_to_go
 from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
 from spg.estimators.statistics import joint_kl, observe, observe_critic, start_statistics
 from spg.estimators.surrogate import Divergence, Surrogate, divergence, ppo_surrogate
+from spg.estimators.trust_region import (
+    Trial,
+    factor_kl,
+    fisher_product,
+    natural_gradient,
+    trust_region_step,
+)
 
 __all__ = [
     "Choice",
@@ -51,6 +58,7 @@ __all__ = [
     "MixedTerms",
     "Smoothing",
     "Surrogate",
+    "Trial",
     "bptt_variance_bound",
     "choose",
     "clone_log_likelihood",
@@ -61,6 +69,8 @@ __all__ = [
     "episodic_gpomdp",
     "exp_istate",
     "exp_istate_by_observations",
+    "factor_kl",
+    "fisher_product",
     "gae",
     "gpomdp",
     "hold",
@@ -75,6 +85,7 @@ __all__ = [
     "lsiq_target",
     "mixed_surrogate",
     "mixed_terms",
+    "natural_gradient",
     "observe",
     "observe_critic",
     "polyak",
@@ -92,5 +103,6 @@ __all__ = [
     "soft_loss",
     "start_statistics",
     "temperature_loss",
+    "trust_region_step",
     "window_returns",
 ]

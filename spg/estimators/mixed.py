@@ -1,13 +1,13 @@
 """S2PG with two gradients for z': the slope of V for the next step, the score for what follows."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, PyTree
 
-from spg.distributions import Normal
+from spg.distributions import Distribution, Normal
 from spg.estimators.surrogate import Surrogate, pessimistic, ppo_surrogate
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Flat
@@ -40,7 +40,7 @@ def mixed_terms(
     For a complex z' = x + iy the slope is ∂/∂x + i ∂/∂y. Raises TypeError unless ω is `Normal`.
     """
     state = kernel.state_distribution(steps)
-    if not isinstance(state, Normal):
+    if not follows(state):
         raise TypeError(f"only a Normal z' can follow V; the cell draws {type(state).__name__}")
 
     def brought(z_next):
@@ -51,6 +51,11 @@ def mixed_terms(
     slope = jnp.conj(jax.grad(brought)(steps.z_next))
     noise = over_steps(Normal.noise)(state, steps.z_next)
     return MixedTerms(kernel.log_prob(steps, state), noise, state.std, delta, rest, slope)
+
+
+def follows(state: Distribution) -> TypeGuard[Normal]:
+    """Whether z' of this distribution can follow the slope of V, see `mixed_surrogate`."""
+    return isinstance(state, Normal)
 
 
 def mixed_surrogate(

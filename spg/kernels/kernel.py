@@ -75,9 +75,7 @@ class Kernel(eqx.Module):
         """
         obs = self._seen(segment)
         if state is None:
-            log_prob_z, z_next = self.cell.log_prob(
-                obs, segment.z, segment.z_next, segment.first, lax.stop_gradient(self.z0)
-            )
+            log_prob_z, z_next = self._score_z(segment)
         else:
             z_next = segment.z_next
             log_prob_z = over_steps(lambda state, z: state.log_prob(z))(state, z_next)
@@ -112,6 +110,11 @@ class Kernel(eqx.Module):
 
         return over_steps(one)(self._seen(segment), z_next, keys)
 
+    def distributions(self, segment: Transition) -> tuple[Distribution, Distribution]:
+        """ω( . | o, z) and μ( . | o, z') of each recorded step, with the z' of `log_prob`."""
+        z_next = self._score_z(segment)[1]
+        return self.state_distribution(segment), over_steps(self.head)(self._seen(segment), z_next)
+
     def state_distribution(self, segment: Transition) -> Distribution:
         """ω( . | o, z) of each recorded step, time first."""
         return over_steps(self.cell)(self._seen(segment), segment.z)
@@ -120,6 +123,12 @@ class Kernel(eqx.Module):
         """log μ(a | o, z') of each recorded action, had z' been `z_next` (time first)."""
         one = lambda obs, z_next, action: self.head(obs, z_next).log_prob(action)
         return over_steps(one)(self._seen(segment), z_next, segment.action)
+
+    def _score_z(self, segment: Transition) -> tuple[Float[Array, " L"], PyTree]:
+        """log ω of each recorded step, and the z' that the actions depend on."""
+        z0 = lax.stop_gradient(self.z0)
+        obs, first = self._seen(segment), segment.first
+        return self.cell.log_prob(obs, segment.z, segment.z_next, first, z0)
 
     def _seen(self, segment: Transition) -> Array:
         return over_steps(self.normalizer)(policy_view(segment.obs))

@@ -42,6 +42,9 @@ class SeedDistribution(eqx.Module):
     def entropy(self) -> Float[Array, ""]:
         return self._opens() * Categorical(self.logits).entropy()
 
+    def kl(self, new: "SeedDistribution") -> Float[Array, ""]:
+        return self._opens() * Categorical(self.logits).kl(Categorical(new.logits))
+
     def _opens(self) -> Bool[Array, ""]:
         return self.z.step == 0
 
