@@ -1,5 +1,6 @@
 """Statistics of observations move without a jump of policy or value; and the step of PPO."""
 
+from dataclasses import replace
 from functools import partial
 
 import equinox as eqx
@@ -16,7 +17,7 @@ from spg.estimators.mixed import mixed_terms
 from spg.estimators.statistics import joint_kl, start_statistics
 from spg.kernels.critics import Critic
 from spg.rollout import rollout
-from spg.training import options
+from spg.training import on_policy, options
 from spg.training.metrics import Table, read_metrics
 from spg.types import policy_view
 
@@ -144,6 +145,7 @@ def test_statistics_of_a_critic_stay_without_an_update_and_go_all_the_way_after_
 def test_a_gradient_step_of_ppo_survives_any_ratio():
     """In single precision, with advantages of both signs."""
     config = ppo.Config(**SMALL)
+    once = replace(config, num_epochs=1, num_minibatches=1)
     env = options.make_env(config)
 
     @jax.jit
@@ -158,7 +160,8 @@ def test_a_gradient_step_of_ppo_survives_any_ratio():
         old = old._replace(log_prob=log_prob)
         batch = segments, old, advantage, advantage
         before = ppo.Agent(kernel, critic)
-        (after, _), metrics = ppo.gradient_step(config, (before, opt_state), batch)
+        of_batch = partial(ppo.loss, config)
+        after, _, metrics = on_policy.descend(once, of_batch, before, opt_state, batch, key)
         return before, after, metrics
 
     weight = lambda module: module.mlp.layers[0].weight

@@ -145,13 +145,12 @@ def estimate(
     to_go = returns_to_go(reward, jnp.zeros(num_steps), last, traj.truncated, gamma=gamma)
     advantage = jax.vmap(q_value)(t, action, z_next) - baseline
 
-    ahead = lambda t, z: discount[t] * exact(z[0], num_steps - 1 - t)
-    parts = discount * advantage, discount * (to_go - baseline - advantage)
-    old = mixed_terms(kernel, ahead, traj._replace(final_obs=t), *parts, gamma=gamma)
-
-    def mixed(kernel):
-        state = kernel.state_distribution(traj)
-        new = kernel.log_prob(traj, state)
+    def mixed(moved):
+        ahead = lambda t, z: discount[t] * exact(z[0], num_steps - 1 - t)
+        parts = discount * advantage, discount * (to_go - baseline - advantage)
+        old = mixed_terms(kernel, ahead, traj._replace(final_obs=t), *parts, gamma=gamma)
+        state: Any = moved.state_distribution(traj)
+        new = moved.log_prob(traj, state)
         return mixed_surrogate(traj, new, state, old, clip=0.2).objective.sum()
 
     if method in ("S2PG, path", "S2PG, mixed"):
