@@ -17,7 +17,7 @@ import spg
 from scripts import ppo
 from spg import envs
 from spg.kernels import CategoricalHead, Drawn, Kernel, Location, NormalAround, Normalizer
-from spg.training import loop
+from spg.training import loop, on_policy
 from spg.training.records import open_run
 
 
@@ -142,7 +142,7 @@ def make_mine(config, spec, *, key):
 
 @pytest.mark.slow
 def test_ppo_trains_a_cell_in_an_environment_with_an_optimiser_of_yours(tmp_path, monkeypatch):
-    monkeypatch.setattr(ppo, "optimiser", lambda config: optax.adamw(1e-3, weight_decay=0.5))
+    monkeypatch.setattr(on_policy, "optimiser", lambda config: optax.adamw(1e-3, weight_decay=0.5))
     config = ppo.Config(
         env=HERE, observe="all", z_size=3, hidden=(4,), num_envs=4, num_steps=8, num_minibatches=2,
         num_epochs=1, total_steps=64, num_seeds=2, checkpoints=1, eval_episodes=2,
