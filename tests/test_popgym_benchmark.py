@@ -69,6 +69,18 @@ def test_the_score_is_the_best_epoch_of_65_536_steps(tmp_path):
     assert popgym.mmer(run) == pytest.approx([0.4, 0.5])  # the first epoch has .3
 
 
+def test_seeds_that_agree_are_drawn_though_their_mean_is_rounded(tmp_path):
+    row = {
+        "task": "HigherLowerEasy",
+        "method": "none",
+        "mmer": 0.9999999,
+        "least": 1.0,
+        "most": 1.0,
+    }
+    popgym.picture(tmp_path / "popgym.png", [row], ("none",))
+    assert (tmp_path / "popgym.png").stat().st_size > 0
+
+
 @pytest.mark.slow
 def test_the_table_is_of_runs_that_are_not_trained_again(tmp_path, capsys, monkeypatch):
     small = dataclasses.replace(popgym.ppo.Config(), num_steps=64, num_minibatches=2)

@@ -91,8 +91,8 @@ def picture(path: Path, rows: list[dict[str, Any]], methods: tuple[str, ...]) ->
         place += 0.12 * ((len(methods) - 1) / 2 - i)
         mean, low, high = (np.array([row[k] for row in own]) for k in ("mmer", "least", "most"))
         axes.errorbar(
-            mean, place, xerr=[mean - low, high - mean], fmt="o", color=f"C{i}", markersize=4,
-            label=f"{method}, mean over tasks {mean.mean():.3f}",
+            mean, place, xerr=np.maximum([mean - low, high - mean], 0), fmt="o", markersize=4,
+            color=f"C{i}", label=f"{method}, mean over tasks {mean.mean():.3f}",
         )  # fmt: skip
     axes.set_yticks([-i for i in range(len(tasks))], tasks)
     axes.set(
