@@ -166,6 +166,29 @@ def make_trajectory(kernel, key, *, num_steps=12, starts=(0, 4, 5, 9), obs_size=
     return act(kernel, obs, jr.normal(reward_key, (num_steps,)), first, key=key)
 
 
+def assert_cell_scores_what_it_drew(location, obs, z, first, z0, state_std):
+    """Step by step, with noise (None: without), and at once give the same z' and log κ(z')."""
+    log_std = jnp.log(state_std or 1.0) + jnp.log(location.write)
+    cell = Drawn(NormalAround(location, log_std)) if state_std else Computed(location)
+
+    @jax.jit
+    def draw(obs, z, key):
+        law = cell(obs, z)
+        z_next = law.sample(key=key)
+        return z_next, law.log_prob(z_next)
+
+    before, after, scores = [], [], []
+    for t in range(len(obs)):
+        before += [z0 if first[t] else z]
+        z, score = draw(obs[t], before[-1], jr.key(t))
+        after, scores = [*after, z], [*scores, score]
+    log_prob, z_next = eqx.filter_jit(cell.log_prob)(
+        obs, jnp.stack(before), jnp.stack(after), first, z0
+    )
+    assert jnp.allclose(log_prob, jnp.stack(scores), rtol=1e-10)
+    assert jnp.allclose(z_next, jnp.stack(after), rtol=1e-10)
+
+
 def assert_trees_close(x, y, **tolerance):
     x, y = (eqx.filter(tree, eqx.is_inexact_array) for tree in (x, y))
     assert jax.tree.structure(x) == jax.tree.structure(y)

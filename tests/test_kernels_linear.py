@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from conftest import assert_trees_close, jitter
+from conftest import assert_cell_scores_what_it_drew, assert_trees_close, jitter
 
 from spg import envs
 from spg.distributions import std_from_log
-from spg.kernels.cells import GRU, Computed, Drawn, Location, NormalAround
+from spg.kernels.cells import GRU, Location
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear
 from spg.kernels.networks import Identity, Normalizer
@@ -65,26 +65,7 @@ def test_a_segment_is_the_unit_step_by_step_in_value_and_gradient(name):
 
 @pytest.mark.parametrize("state_std", [None, 0.3])
 def test_a_stack_with_or_without_noise_scores_what_it_drew(state_std):
-    location, (obs, z, first, z0) = make("stack"), data("stack")
-    log_std = jnp.full(z.size, jnp.log(state_std or 1.0))
-    cell = Drawn(NormalAround(location, log_std)) if state_std else Computed(location)
-
-    @jax.jit
-    def draw(obs, z, key):
-        law = cell(obs, z)
-        z_next = law.sample(key=key)
-        return z_next, law.log_prob(z_next)
-
-    before, after, scores = [], [], []
-    for t in range(STEPS):
-        before += [z0 if first[t] else z]
-        z, score = draw(obs[t], before[-1], jr.key(t))
-        after, scores = [*after, z], [*scores, score]
-    log_prob, z_next = eqx.filter_jit(cell.log_prob)(
-        obs, jnp.stack(before), jnp.stack(after), first, z0
-    )
-    assert np.allclose(log_prob, scores, rtol=1e-10)
-    assert np.allclose(z_next, after, rtol=1e-10)
+    assert_cell_scores_what_it_drew(make("stack"), *data("stack"), state_std)
 
 
 def test_lru_is_its_recurrence_in_complex_numbers():

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from conftest import assert_trees_close, jitter
+from conftest import assert_cell_scores_what_it_drew, assert_trees_close, jitter
 from jax.test_util import check_grads
 
 from spg import envs
 from spg.distributions import Categorical
-from spg.kernels.cells import Computed, Drawn, Location, NormalAround
+from spg.kernels.cells import Location
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.heads import CategoricalHead
 from spg.kernels.matrix import DeltaRule, LinearAttention, QueryHead, matrix_shape
@@ -177,26 +177,7 @@ def test_a_query_reads_the_value_of_its_key():
 @pytest.mark.parametrize("state_std", [None, 0.3])
 @pytest.mark.parametrize("name", UNITS)
 def test_matrix_cells_with_or_without_noise_score_what_they_drew(name, state_std):
-    location, (obs, z, first, z0) = make(name), data()
-    log_std = jnp.log(state_std or 1.0) + jnp.log(location.write)
-    cell = Drawn(NormalAround(location, log_std)) if state_std else Computed(location)
-
-    @jax.jit
-    def draw(obs, z, key):
-        law = cell(obs, z)
-        z_next = law.sample(key=key)
-        return z_next, law.log_prob(z_next)
-
-    before, after, scores = [], [], []
-    for t in range(STEPS):
-        before += [z0 if first[t] else z]
-        z, score = draw(obs[t], before[-1], jr.key(t))
-        after, scores = [*after, z], [*scores, score]
-    log_prob, z_next = eqx.filter_jit(cell.log_prob)(
-        obs, jnp.stack(before), jnp.stack(after), first, z0
-    )
-    assert np.allclose(log_prob, scores, rtol=1e-10)
-    assert np.allclose(z_next, after, rtol=1e-10)
+    assert_cell_scores_what_it_drew(make(name), *data(), state_std)
 
 
 @pytest.mark.parametrize("cell", UNITS)

@@ -135,9 +135,7 @@ def kstep_values(
     else:
         value, _ = _series(ahead, window_reward, k, gamma)
         window_distribution, moved = _series(behind, start, k, gamma)
-        residual = (
-            gamma**k * moved
-        )  # a bound in ‖·‖₁: the residual before the last term was `moved`
+        residual = gamma**k * moved  # not less in ‖·‖₁ than the residual: see `_series`
     q_value = hold(reward, value)
     of_value = _ratio(jnp.abs(q_value @ weights - value).max(), jnp.abs(value).max())
     of_windows = jnp.abs(residual).sum()
@@ -241,6 +239,8 @@ def _series(
     rest: Callable, rhs: Float[Array, " S"], k: Steps, gamma: Scalar
 ) -> tuple[Float[Array, " S"], Float[Array, " S"]]:
     """x = rhs + rest(x) by the sum of rest^n(rhs), until only rounding moves x; and what moved it.
+
+    What moved x last is the residual of the x before, r = rhs + rest(x) - x. That of x is rest(r).
 
     `rest` is γ^k times a stochastic matrix, so the count of terms is bounded beforehand. A term d
     with rest(d) = γ^k d, as where the chain has mixed or its episodes have ended, is the last: the
