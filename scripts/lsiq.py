@@ -49,7 +49,7 @@ class Config(ImitationConfig, sac.Config):
     """The training, e.g. --total-steps 1e6 --penalty 10 --expert-target bootstrapped"""
 
     env: str = "Pendulum-v1"
-    observe: Literal["all", "positions", "velocities", "state"] = "positions"
+    observe: Literal["all", "positions", "velocities", "state", "nothing"] = "positions"
     total_steps: Total = 30_000
     """environment steps of each seed, after those of --learning-starts"""
     learning_starts: Count = 2_048

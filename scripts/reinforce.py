@@ -42,7 +42,7 @@ class Config(options.EnvConfig, PolicyConfig, options.RunConfig):
     """The training, e.g. --estimator gpomdp --total-steps 5e5 --num-envs 128 --gamma 0.99"""
 
     env: str = "RepeatFirst-memory"
-    observe: Literal["all", "positions", "velocities", "state"] = "all"
+    observe: Literal["all", "positions", "velocities", "state", "nothing"] = "all"
     privileged: Annotated[bool, Needs()] = False
     """show the critic the full state; there is none here"""
     estimator: Literal["reinforce", "gpomdp"] = "reinforce"

@@ -61,7 +61,7 @@ __all__ = [
     "tabular_params",
 ]
 
-OBSERVABLE = ("all", "positions", "velocities", "state")
+OBSERVABLE = ("all", "positions", "velocities", "state", "nothing")
 
 
 def _episodes(make: Callable[..., Problem]) -> Callable[..., Environment]:
@@ -118,6 +118,7 @@ def make(
     | "all" | the environment's own observation |
     | "positions", "velocities" | those entries of the own observation alone |
     | "state" | enough to make the process Markov (but for the clock that truncates) |
+    | "nothing" | its own previous action, which has to be on |
 
     The "state" of Gymnax's and Brax's physics is the own observation, and behind it what
     `HiddenBodies` draws. An environment with `see_state` says itself what its "state" is. For all
@@ -139,6 +140,12 @@ def make(
                 f"{opened.name!r} shows no velocities to hide; observe all or state instead"
             )
         view = partial(entries, np.flatnonzero(velocity == (observe == "velocities")))
+    elif observe == "nothing":
+        if not previous_action:
+            raise ValueError(
+                "observe 'nothing' shows the previous action alone: previous_action on"
+            )
+        view = partial(entries, np.zeros(0, int))
     else:
         view = own if observe == "all" else _state_view(opened)
     critic = _state_view(opened) if privileged else None

@@ -48,6 +48,7 @@ from spg.kernels.kernel import Kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear, LinearUnit
 from spg.kernels.matrix import DeltaRule, LinearAttention, MatrixUnit, QueryHead
 from spg.kernels.networks import MLP, Flat, Identity, Normalizer, trainable
+from spg.kernels.oscillator import Oscillators
 from spg.kernels.seeds import Seed, SeedState, seed_start
 from spg.kernels.stack import Stack
 
@@ -88,6 +89,7 @@ __all__ = [
     "NormalAround",
     "NormalHead",
     "Normalizer",
+    "Oscillators",
     "PolicyConfig",
     "QCritic",
     "QueryHead",

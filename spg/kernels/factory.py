@@ -33,6 +33,7 @@ from spg.kernels.kernel import Kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear
 from spg.kernels.matrix import DeltaRule, LinearAttention, QueryHead, matrix_shape
 from spg.kernels.networks import Flat, Identity, Normalizer
+from spg.kernels.oscillator import CycleFeature, EmissionFeature, Oscillators
 from spg.kernels.seeds import Seed, SeedFeature, seed_start
 from spg.kernels.stack import Stack
 from spg.limits import Constant, Count, Needs, Range, Size, check
@@ -40,7 +41,7 @@ from spg.scans import num_segments
 from spg.types import Spec
 
 DRAWN = ("s2pg", "bptt")  # memories with a cell
-Unit = Literal["linear", "gru", "lru", "gated", "leaky", "attention", "delta"]
+Unit = Literal["linear", "gru", "lru", "gated", "leaky", "attention", "delta", "oscillator"]
 MATRIX = ("attention", "delta")  # units whose state is a matrix
 
 
@@ -53,7 +54,12 @@ class PolicyConfig:
     that is held for k steps; none and oracle have no memory, the oracle sees the state"""
     cell: Annotated[Unit, Needs(memory=DRAWN)] = "linear"
     """the unit that places z' (s2pg, bptt); leaky takes one-hot observations and the previous
-    action; attention and delta keep matrices, which the head reads by queries"""
+    action; attention and delta keep matrices, which the head reads by queries; oscillator is a
+    central pattern generator, z_size 3 numbers for each of its oscillators"""
+    dt: Annotated[
+        float, Range(0, 0.2, open="left"), Constant, Needs(memory=DRAWN, cell="oscillator")
+    ] = 0.05
+    """seconds in a step (cell oscillator)"""
     num_layers: Annotated[Count, Needs(memory=DRAWN)] = 1
     """of linear units (all but gru), one above the other, or of lru above leaky (s2pg, bptt)"""
     num_heads: Annotated[Count, Needs(memory=DRAWN, cell=MATRIX)] = 4
@@ -144,6 +150,8 @@ def make_kernel(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Kerne
             cell = Drawn(NormalAround(location, log_std))
         if config.cell == "leaky":
             normalizer = Identity()
+        if config.cell == "oscillator":
+            seen, shown = EmissionFeature(), CycleFeature()
     if config.memory in DRAWN and config.cell in MATRIX:
         shape = matrix_shape(z0.size, config.num_layers * config.num_heads, config.key_size)
         query_key, head_key = jr.split(head_key)
@@ -168,6 +176,13 @@ def _filter(config: PolicyConfig, spec: Spec) -> Any:
 
 
 def _recurrent(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Location:
+    if config.cell == "oscillator":
+        if config.z_size % 3 or config.num_layers > 1:
+            raise ValueError(
+                f"z_size is {config.z_size} and num_layers {config.num_layers}; oscillators take 3 "
+                f"numbers each, in one layer: z_size {3 * spec.num_actions} is one for each action"
+            )
+        return Oscillators(config.z_size // 3, dt=config.dt, key=key)
     units = {"gru": GRU, "linear": Linear, "lru": LRU, "gated": Gated, "leaky": LRU}
     units |= {"attention": LinearAttention, "delta": DeltaRule}
     make = bottom = units[config.cell]

@@ -46,7 +46,7 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     """The training, e.g. --total-steps 1e6 --buffer-size 5e5 --batch-size 256 --gamma 0.99"""
 
     env: str = "PointMass-memory"
-    observe: Literal["all", "positions", "velocities", "state"] = "all"
+    observe: Literal["all", "positions", "velocities", "state", "nothing"] = "all"
     privileged: bool = True
     """show the critic the full state"""
     memory: Literal["s2pg", "bptt", "window", "none", "oracle"] = "s2pg"

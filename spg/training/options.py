@@ -72,7 +72,7 @@ class EnvConfig:
     TMaze-memory, RepeatFirst-memory, RepeatVector-memory, RecallCards-memory, PointMass-memory,
     Doors-memory, POPGym's tasks, as popgym/CountRecallEasy with --observe all, and the finite
     worlds, as heavenhell-pomdp and ringworld-pomdp, in episodes of max_steps_in_episode"""
-    observe: Literal["all", "positions", "velocities", "state"] = "positions"
+    observe: Literal["all", "positions", "velocities", "state", "nothing"] = "positions"
     """what the policy sees"""
     previous_action: bool = False
     """append the previous action to the observation"""
