@@ -1,5 +1,7 @@
 """Linear attention and the delta rule: memories whose state is a matrix."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,15 @@ from spg.distributions import Categorical
 from spg.kernels.cells import Location
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.heads import CategoricalHead
-from spg.kernels.matrix import DeltaRule, LinearAttention, QueryHead, matrix_shape
+from spg.kernels.matrix import (
+    DeltaRule,
+    Hybrid,
+    LinearAttention,
+    QueryHead,
+    cut,
+    matrix_shape,
+    read,
+)
 from spg.kernels.stack import Stack
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -22,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 OBS, HEADS, KEY, VALUE, STEPS = 5, 2, 3, 2, 7
 Z = HEADS * KEY * VALUE
 UNITS = {"attention": LinearAttention, "delta": DeltaRule}
+CELLS = UNITS | {"hybrid": Hybrid}
 sigmoid = lambda x: 1 / (1 + np.exp(-x))
 call = eqx.filter_jit(lambda unit, obs, z: unit(obs, z))
 unroll = eqx.filter_jit(lambda unit, *inputs: unit.unroll(*inputs))
@@ -29,7 +40,7 @@ unroll = eqx.filter_jit(lambda unit, *inputs: unit.unroll(*inputs))
 
 @eqx.filter_jit
 def make(name, method="auto"):
-    unit = UNITS[name](OBS, Z, num_heads=HEADS, key_size=KEY, method=method, key=jr.key(0))
+    unit = CELLS[name](OBS, Z, num_heads=HEADS, key_size=KEY, method=method, key=jr.key(0))
     return jitter(unit, jr.key(1), scale=0.2)
 
 
@@ -105,7 +116,7 @@ def test_a_delta_rule_replaces_the_value_at_a_key_exactly():
 
 
 @pytest.mark.parametrize("method", ["auto", "associative"])
-@pytest.mark.parametrize("name", UNITS)
+@pytest.mark.parametrize("name", CELLS)
 def test_a_segment_of_matrices_is_its_steps_in_value_and_gradient(name, method):
     """By the associative form too, in which matrices A are composed."""
     obs, z, first, z0 = data()
@@ -119,7 +130,7 @@ def test_a_segment_of_matrices_is_its_steps_in_value_and_gradient(name, method):
             return jnp.sum(weight * out), out
 
         with_grad = eqx.filter_value_and_grad(value, has_aux=True)
-        return [with_grad(inputs, run) for run in (UNITS[name].unroll, Location.unroll)]
+        return [with_grad(inputs, run) for run in (CELLS[name].unroll, Location.unroll)]
 
     by_scan, by_steps = both(make(name, method), obs, z, z0)
     assert all(np.any(x) for x in jax.tree.leaves(by_steps))
@@ -174,8 +185,23 @@ def test_a_query_reads_the_value_of_its_key():
     assert np.allclose(found.logits, truth.logits, rtol=1e-12)
 
 
+def test_a_hybrid_is_linear_in_one_half_and_attention_in_the_other():
+    unit, (obs, z, _, _) = make("hybrid"), data()
+    sums, state = jnp.split(z, 2)
+    after = call(unit, obs[0], z)
+    assert unit.attention.shape == (HEADS, KEY, 1)
+    assert np.allclose(after[: Z // 2], unit.linear(obs[0], sums), rtol=1e-12)
+    assert np.allclose(after[Z // 2 :], unit.attention(obs[0], state), rtol=1e-12)
+    assert np.array_equal(unit.write, [*unit.linear.write, *unit.attention.write])
+    head = CategoricalHead([OBS + Z // 2 + HEADS, 4], gain=1.0, key=jr.key(0))
+    query = QueryHead(head, OBS, unit.attention.shape, key=jr.key(1))
+    q = cut(query.queries(obs[0]).reshape(HEADS, KEY))
+    seen = jnp.concatenate([sums, read(state.reshape(HEADS, KEY, 1), q).ravel()])
+    assert np.allclose(query(obs[0], z).logits, head(obs[0], seen).logits, rtol=1e-12)
+
+
 @pytest.mark.parametrize("state_std", [None, 0.3])
-@pytest.mark.parametrize("name", UNITS)
+@pytest.mark.parametrize("name", CELLS)
 def test_matrix_cells_with_or_without_noise_score_what_they_drew(name, state_std):
     assert_cell_scores_what_it_drew(make(name), *data(), state_std)
 
@@ -195,6 +221,21 @@ def test_the_factory_reads_matrices_by_queries(cell, memory):
     assert isinstance(location, Stack)
     assert [type(unit) for unit in location.units] == [UNITS[cell]] * 2
     assert kernel.z0.shape == (48,)
+
+
+def test_the_factory_makes_hybrids():
+    env = envs.make("TMaze-memory")
+    config = PolicyConfig(cell="hybrid", z_size=48, num_heads=2, key_size=3)
+    kernel = eqx.filter_eval_shape(lambda key: make_kernel(config, env.spec, key=key), jr.key(0))
+    assert isinstance(kernel.cell.distribution.location, Hybrid)
+    assert kernel.head.shape == (2, 3, 4)
+    assert kernel.head.head.mlp.layers[0].weight.shape[1] == env.spec.obs_size + 24 + 2 * 4
+    with pytest.raises(
+        ValueError, match="num_layers is 2; layers are for linear cells, not hybrid"
+    ):
+        make_kernel(replace(config, num_layers=2), env.spec, key=jr.key(0))
+    with pytest.raises(ValueError, match=r"z_size 42 is not 2 x num_heads 2 .* a multiple of 12"):
+        Hybrid(OBS, 42, num_heads=2, key_size=3, key=jr.key(0))
 
 
 def test_sizes_that_no_matrix_has_are_refused():

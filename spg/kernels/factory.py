@@ -1,5 +1,6 @@
 """From the words of a command line to a kernel: a word sets the cell, its noise, and L."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -31,7 +32,7 @@ from spg.kernels.heads import (
 )
 from spg.kernels.kernel import Kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear
-from spg.kernels.matrix import DeltaRule, LinearAttention, QueryHead, matrix_shape
+from spg.kernels.matrix import DeltaRule, Hybrid, LinearAttention, QueryHead, matrix_shape
 from spg.kernels.networks import Flat, Identity, Normalizer
 from spg.kernels.oscillator import CycleFeature, EmissionFeature, Oscillators
 from spg.kernels.seeds import Seed, SeedFeature, seed_start
@@ -41,8 +42,10 @@ from spg.scans import num_segments
 from spg.types import Spec
 
 DRAWN = ("s2pg", "bptt")  # memories with a cell
-Unit = Literal["linear", "gru", "lru", "gated", "leaky", "attention", "delta", "oscillator"]
-MATRIX = ("attention", "delta")  # units whose state is a matrix
+Unit = Literal[
+    "linear", "gru", "lru", "gated", "leaky", "attention", "delta", "hybrid", "oscillator"
+]
+MATRIX = ("attention", "delta", "hybrid")  # units with a matrix in their state
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ class PolicyConfig:
     that is held for k steps; none and oracle have no memory, the oracle sees the state"""
     cell: Annotated[Unit, Needs(memory=DRAWN)] = "linear"
     """the unit that places z' (s2pg, bptt); leaky takes one-hot observations and the previous
-    action; attention and delta keep matrices, which the head reads by queries; oscillator is a
-    central pattern generator, z_size 3 numbers for each of its oscillators"""
+    action; attention and delta keep matrices, which the head reads by queries; hybrid is linear in
+    one half of z, attention in the other; oscillator is a central pattern generator, which takes 3
+    entries of z for each oscillator"""
     dt: Annotated[
         float, Range(0, 0.2, open="left"), Constant, Needs(memory=DRAWN, cell="oscillator")
     ] = 0.05
@@ -63,10 +67,10 @@ class PolicyConfig:
     num_layers: Annotated[Count, Needs(memory=DRAWN)] = 1
     """of linear units (all but gru), one above the other, or of lru above leaky (s2pg, bptt)"""
     num_heads: Annotated[Count, Needs(memory=DRAWN, cell=MATRIX)] = 4
-    """matrices of a layer (cell attention, delta)"""
+    """matrices of a layer (cell attention, delta, hybrid)"""
     key_size: Annotated[Count, Needs(memory=DRAWN, cell=MATRIX)] = 4
-    """rows of each matrix; the columns are z_size / (num_layers num_heads key_size) (attention,
-    delta)"""
+    """rows of each matrix; the columns are z_size / (num_layers num_heads key_size), for hybrid a
+    half of that (attention, delta, hybrid)"""
     z_size: Annotated[Size, Needs(memory=(*DRAWN, "kstep"))] = 32
     """size of the internal state, of all layers together (s2pg, bptt), where a complex number takes
     two; or the number of seeds (kstep)"""
@@ -153,9 +157,12 @@ def make_kernel(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Kerne
         if config.cell == "oscillator":
             seen, shown = EmissionFeature(), CycleFeature()
     if config.memory in DRAWN and config.cell in MATRIX:
-        shape = matrix_shape(z0.size, config.num_layers * config.num_heads, config.key_size)
+        share = 2 if config.cell == "hybrid" else 1
+        num_heads = config.num_layers * config.num_heads
+        shape = matrix_shape(z0.size, num_heads, config.key_size, share=share)
         query_key, head_key = jr.split(head_key)
-        head = _head(config, spec, spec.obs_size + shape[0] * shape[2], key=head_key)
+        plain = z0.size - math.prod(shape)
+        head = _head(config, spec, spec.obs_size + plain + shape[0] * shape[2], key=head_key)
         return Kernel(cell, QueryHead(head, spec.obs_size, shape, key=query_key), normalizer, z0)
     head = _head(config, spec, spec.obs_size + seen(z0).size, key=head_key)
     if not isinstance(seen, Flat):
@@ -184,7 +191,7 @@ def _recurrent(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Locati
             )
         return Oscillators(config.z_size // 3, dt=config.dt, key=key)
     units = {"gru": GRU, "linear": Linear, "lru": LRU, "gated": Gated, "leaky": LRU}
-    units |= {"attention": LinearAttention, "delta": DeltaRule}
+    units |= {"attention": LinearAttention, "delta": DeltaRule, "hybrid": Hybrid}
     make = bottom = units[config.cell]
     if config.cell in MATRIX:
         make = bottom = partial(make, num_heads=config.num_heads, key_size=config.key_size)
@@ -194,8 +201,10 @@ def _recurrent(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Locati
         if not spec.discrete:
             raise ValueError("cell 'leaky' turns its state by the last action; it is not discrete")
         bottom = partial(LeakyFilter, num_actions=spec.num_actions, leak=config.leak)
-    if config.num_layers > 1 and config.cell == "gru":
-        raise ValueError(f"num_layers is {config.num_layers}; layers are for linear cells, not gru")
+    if config.num_layers > 1 and config.cell in ("gru", "hybrid"):
+        raise ValueError(
+            f"num_layers is {config.num_layers}; layers are for linear cells, not {config.cell}"
+        )
     if config.num_layers == 1:
         return bottom(spec.obs_size, config.z_size, key=key)
     return Stack(make, spec.obs_size, config.z_size, config.num_layers, bottom=bottom, key=key)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from spg.distributions import Distribution
 from spg.kernels.cells import INSIDE, Location
 from spg.kernels.heads import Head
+from spg.kernels.linear import Linear
 from spg.scans import Method, linear_scan, of_backend, over_steps
 
 Shape = tuple[int, int, int]  # H, d_k, d_v
@@ -152,8 +154,60 @@ class DeltaRule(MatrixUnit):
         return super().unroll(obs, z, first, z0)
 
 
+class Hybrid(Location):
+    """Linear units beside linear attention: z = (z_1, S), a half of the entries for each.
+
+    Sums tell how things have changed, matrices what belongs together. Dong et al. (2024) set heads
+    of a state space model and of attention beside each other in this way.
+    """
+
+    linear: Linear
+    attention: LinearAttention
+
+    def __init__(
+        self,
+        obs_size: int,
+        z_size: int,
+        *,
+        num_heads: int = 4,
+        key_size: int = 4,
+        method: Method = "auto",
+        key: PRNGKeyArray,
+    ):
+        """Raises ValueError unless 2 H d_k divides `z_size`."""
+        shape = matrix_shape(z_size, num_heads, key_size, share=2)
+        linear_key, attention_key = jr.split(key)
+        size = math.prod(shape)
+        self.linear = Linear(obs_size, size, method=method, key=linear_key)
+        self.attention = LinearAttention(
+            obs_size, size, num_heads=num_heads, key_size=key_size, method=method, key=attention_key
+        )
+
+    @property
+    def write(self) -> Float[Array, " n"]:
+        return jnp.concatenate([self.linear.write, self.attention.write])
+
+    def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Float[Array, " n"]:
+        sums, state = jnp.split(z, 2)
+        return jnp.concatenate([self.linear(obs, sums), self.attention(obs, state)])
+
+    def unroll(
+        self,
+        obs: Float[Array, "L o"],
+        z: Float[Array, " n"],
+        first: Bool[Array, " L"],
+        z0: Float[Array, " n"],
+    ) -> Float[Array, "L n"]:
+        (sums, state), (sums0, state0) = jnp.split(z, 2), jnp.split(z0, 2)
+        of_sums = self.linear.unroll(obs, sums, first, sums0)
+        return jnp.concatenate([of_sums, self.attention.unroll(obs, state, first, state0)], -1)
+
+
 class QueryHead(eqx.Module):
-    """A head that sees what queries of the observation read of z', Sᵀ q(o) of each head of S."""
+    """A head that sees what queries of the observation read of z', Sᵀ q(o) of each head of S.
+
+    Entries of z' before those of S it sees as they are.
+    """
 
     head: Head
     queries: eqx.nn.Linear
@@ -165,16 +219,18 @@ class QueryHead(eqx.Module):
 
     def __call__(self, obs: Float[Array, " o"], z_next: Float[Array, " n"]) -> Distribution:
         q = cut(self.queries(obs).reshape(self.shape[:2]))
-        return self.head(obs, read(z_next.reshape(self.shape), q).reshape(-1))
+        plain, state = jnp.split(z_next, [z_next.size - math.prod(self.shape)])
+        return self.head(obs, jnp.concatenate([plain, read(state.reshape(self.shape), q).ravel()]))
 
 
-def matrix_shape(z_size: int, num_heads: int, key_size: int) -> Shape:
-    """(H, d_k, d_v) with H d_k d_v = z_size. Raises ValueError where no whole d_v does it."""
-    rows = num_heads * key_size
+def matrix_shape(z_size: int, num_heads: int, key_size: int, *, share: int = 1) -> Shape:
+    """(H, d_k, d_v) with share H d_k d_v = z_size. Raises ValueError where no whole d_v does it."""
+    rows = share * num_heads * key_size
     if z_size % rows:
+        twice = f"{share} x " if share > 1 else ""
         raise ValueError(
-            f"z_size {z_size} is not num_heads {num_heads} x key_size {key_size} x the size of a "
-            f"value; a multiple of {rows} would do"
+            f"z_size {z_size} is not {twice}num_heads {num_heads} x key_size {key_size} x the size "
+            f"of a value; a multiple of {rows} would do"
         )
     return num_heads, key_size, z_size // rows
 
