@@ -54,6 +54,8 @@ class Config:
 
 METHODS: dict[str, dict[str, Any]] = {
     "S2PG": {"memory": "s2pg"},
+    "S2PG hybrid": {"memory": "s2pg", "cell": "hybrid", "z_size": 64},
+    "BPTT hybrid": {"memory": "bptt", "cell": "hybrid", "z_size": 64},
     "S2PG score": {"memory": "s2pg", "memory_gradient": "score"},
     "BPTT": {"memory": "bptt"},
     "S2PG GRU": {"memory": "s2pg", "cell": "gru"},
