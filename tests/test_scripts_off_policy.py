@@ -203,7 +203,7 @@ REFUSALS = [
     ({"buffer_size": 2**31 - 1, "num_seeds": 8}, "GiB of memory"),
     ({"target_rate": 0.0}, "target_rate is 0.0"),
     ({"critics": 0}, "critics is 0"),
-    ({"cell": "leaky", "previous_action": True}, "cell 'leaky' turns its state by the last action; it"),
+    ({"cell": "leaky", "previous_action": True}, "turns its state by the last action; it is not"),
     ({"memory": "kstep"}, "unknown memory 'kstep'"),
 ]  # fmt: skip
 
