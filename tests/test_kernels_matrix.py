@@ -1,6 +1,7 @@
 """Linear attention and the delta rule: memories whose state is a matrix."""
 
 from dataclasses import replace
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -194,7 +195,7 @@ def test_a_hybrid_is_linear_in_one_half_and_attention_in_the_other():
     assert np.allclose(after[Z // 2 :], unit.attention(obs[0], state), rtol=1e-12)
     assert np.array_equal(unit.write, [*unit.linear.write, *unit.attention.write])
     head = CategoricalHead([OBS + Z // 2 + HEADS, 4], gain=1.0, key=jr.key(0))
-    query = QueryHead(head, OBS, unit.attention.shape, key=jr.key(1))
+    query: Any = QueryHead(head, OBS, unit.attention.shape, key=jr.key(1))
     q = cut(query.queries(obs[0]).reshape(HEADS, KEY))
     seen = jnp.concatenate([sums, read(state.reshape(HEADS, KEY, 1), q).ravel()])
     assert np.allclose(query(obs[0], z).logits, head(obs[0], seen).logits, rtol=1e-12)
@@ -226,7 +227,8 @@ def test_the_factory_reads_matrices_by_queries(cell, memory):
 def test_the_factory_makes_hybrids():
     env = envs.make("TMaze-memory")
     config = PolicyConfig(cell="hybrid", z_size=48, num_heads=2, key_size=3)
-    kernel = eqx.filter_eval_shape(lambda key: make_kernel(config, env.spec, key=key), jr.key(0))
+    build = lambda key: make_kernel(config, env.spec, key=key)
+    kernel: Any = eqx.filter_eval_shape(build, jr.key(0))
     assert isinstance(kernel.cell.distribution.location, Hybrid)
     assert kernel.head.shape == (2, 3, 4)
     assert kernel.head.head.mlp.layers[0].weight.shape[1] == env.spec.obs_size + 24 + 2 * 4

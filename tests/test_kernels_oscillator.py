@@ -1,5 +1,7 @@
 """Oscillators against their differential equation, and as a cell of the factory."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -111,7 +113,7 @@ def test_the_factory_shows_emissions_to_the_head_and_turns_to_the_critic(memory)
     env = envs.make("Pendulum-v1", observe="nothing", previous_action=True)
     assert env.spec.obs_size == 1
     config = PolicyConfig(memory=memory, cell="oscillator", z_size=3 * N, dt=0.1)
-    kernel = eqx.filter_jit(lambda key: make_kernel(config, env.spec, key=key))(jr.key(0))
+    kernel: Any = eqx.filter_jit(lambda key: make_kernel(config, env.spec, key=key))(jr.key(0))
     cell = kernel.cell.location if memory == "bptt" else kernel.cell.distribution.location
     assert cell.dt == 0.1
     z, turned = jr.normal(jr.key(1), (3 * N,)), jnp.zeros(3 * N).at[:N].set(2 * np.pi)

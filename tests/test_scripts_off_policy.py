@@ -36,6 +36,7 @@ PENDULUM = {"env": "Pendulum-v1", "observe": "positions", "previous_action": Tru
 DDPG = {"critics": 1, "target_noise": 0.0, "policy_delay": 1}
 BPTT = {"memory": "bptt", "segment_length": 2}
 LEARNED = {"critic_state": True, "learn_state_temperature": True}
+MATRIX = {"num_heads": 2, "key_size": 2}
 LAST = {"loss_steps": "last", "batch_size": 4}
 
 
@@ -56,6 +57,8 @@ def checked_updates(script, config, tmp_path):
         slow(sac, SAC, {"segment_length": 2, "cell": "lru"} | LEARNED),
         slow(sac, SAC, {"memory": "window", "critic_state": True, "layer_norm": False}),
         slow(td3, TD3, {"memory": "oracle"} | PENDULUM | DDPG),
+        slow(td3, TD3, {"cell": "delta"} | MATRIX),
+        slow(sac, SAC, {"cell": "attention"} | MATRIX | BPTT),
     ],
 )
 def test_two_updates(script, config, words, tmp_path):
@@ -200,6 +203,7 @@ REFUSALS = [
     ({"buffer_size": 2**31 - 1, "num_seeds": 8}, "GiB of memory"),
     ({"target_rate": 0.0}, "target_rate is 0.0"),
     ({"critics": 0}, "critics is 0"),
+    ({"cell": "leaky", "previous_action": True}, "turns its state by the last action; it is not"),
     ({"memory": "kstep"}, "unknown memory 'kstep'"),
 ]  # fmt: skip
 

@@ -61,7 +61,7 @@ class PolicyConfig:
     one half of z, attention in the other; oscillator is a central pattern generator, which takes 3
     entries of z for each oscillator"""
     dt: Annotated[
-        float, Range(0, 0.2, open="left"), Constant, Needs(memory=DRAWN, cell="oscillator")
+        float, Range(0, 0.2, open="low"), Constant, Needs(memory=DRAWN, cell="oscillator")
     ] = 0.05
     """seconds in a step (cell oscillator)"""
     num_layers: Annotated[Count, Needs(memory=DRAWN)] = 1

@@ -37,7 +37,7 @@ class Oscillators(Location):
 
     def __init__(self, num_oscillators: int, *, dt: float = 0.05, key: PRNGKeyArray):
         """Raises ValueError unless dt is in (0, .2], where an amplitude settles without ringing."""
-        Range(0, 0.2, open="left").check("dt", dt)
+        Range(0, 0.2, open="low").check("dt", dt)
         self.dt, n = dt, num_oscillators
         shapes = {name: (n, n) if name in ("weight", "phase") else (n,) for name in START}
         keys = dict(zip(START, jr.split(key, len(START)), strict=True))

@@ -16,7 +16,7 @@ from tyro.conf import Suppress
 from spg.estimators.statistics import start_statistics
 from spg.kernels.critics import QCritic
 from spg.kernels.exploring import Exploring
-from spg.kernels.factory import DRAWN, PolicyConfig
+from spg.kernels.factory import DRAWN, PolicyConfig, Unit
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Flat, Unseen
 from spg.limits import (
@@ -55,8 +55,9 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     segment_length: Annotated[int, Range(0, 2**31 - 1, whole=True)] = 0
     """L, consecutive steps of a sample, which are run again from the first stored z: for s2pg the
     reach of a refresh, for bptt that of gradients too; 0: 32 for bptt, otherwise 1"""
-    cell: Annotated[Literal["gated", "gru", "linear", "lru"], Needs(memory=DRAWN)] = "gated"
-    """the unit that places z' (s2pg, bptt)"""
+    cell: Annotated[Unit, Needs(memory=DRAWN)] = "gated"
+    """the unit that places z' (s2pg, bptt); leaky is for discrete actions; attention and delta keep
+    matrices, which the head reads by queries"""
     z_size: Annotated[Size, Needs(memory=DRAWN)] = 16
     """size of the internal state (s2pg, bptt)"""
     state_std: Annotated[float, Range(1e-6, 5), Needs(memory="s2pg")] = 0.05
