@@ -57,10 +57,10 @@ def task(name: Task) -> tuple[int, dict[str, gamp.Config | gpomdp.Config]]:
     if name == "heavenhell":
         shared: dict[str, Any] = {"problem": "heavenhell", "num_z": 20}
         sampled = replace(
-            SAMPLED, **shared, start_std=2.0, beta=0.97, gae_lambda=0.2, num_steps=500,
-            learning_rate=0.02, total_steps=60_000_000,
+            SAMPLED, **shared, start_hold=4.0, beta=0.9, gae_lambda=0.9, num_envs=50,
+            num_steps=400, learning_rate=0.05, total_steps=3_000_000, checkpoints=10,
         )  # fmt: skip
-        return 4, {
+        return 10, {
             "GAMP": replace(EXACT, **shared),
             "IState-GPOMDP": replace(sampled, estimator="istate"),
             "Exp-GPOMDP": replace(sampled, estimator="exp"),
