@@ -156,6 +156,18 @@ def test_gamp_runs(optimiser, tmp_path):
         assert (tmp_path / "run" / file).exists()
 
 
+def test_costs_rise_in_stages(tmp_path):
+    """At a cost of 0 Pentagon's start earns, at 1 it pays; a stage starts where the last ended."""
+    config = gamp.Config(
+        problem="pentagon", num_z=1, out_degree=1, num_updates=4, num_seeds=1, checkpoints=1,
+        solver="direct", precision="single", optimiser="natural", costs=(0.0, 1.0),
+    )  # fmt: skip
+    run = loop.run(config, gamp.make(config), tmp_path / "run")
+    value = read_metrics(tmp_path / "run")["average_reward"].reshape(-1)
+    assert value[1] >= value[0] > 0 > value[2]
+    assert run["num_updates"] == 4
+
+
 @pytest.mark.parametrize(
     ("estimator", "optimiser", "baseline"),
     [
@@ -183,6 +195,8 @@ def test_gpomdp_runs(estimator, optimiser, baseline, tmp_path):
         (gamp, {"out_degree": 5}, "out_degree 5 is more than num_z 4"),
         (gamp, {"bound": -1.0}, "bound is -1.0"),
         (gamp, {"start_std": -1.0}, "start_std is -1.0"),
+        (gamp, {"start_hold": 1.0, "out_degree": 1}, "start_hold with out_degree 1"),
+        (gamp, {"costs": ()}, "0 costs for 600 gradients"),
         (gpomdp, {"beta": 1.0}, "beta is 1.0"),
         (gpomdp, {"gae_lambda": 2.0}, "gae_lambda is 2.0"),
         (gpomdp, {"gae_lambda": 0.5, "baseline": "none"}, "gae_lambda 0.5 needs --baseline"),

@@ -125,21 +125,10 @@ def steps_needed(
 
 def along(config: Config, problem: Problem, kernel: Kernel) -> list[Kernel]:
     """Controllers of a training by exact natural gradients, where η passes the fractions."""
-    pomdp = dense(problem.pomdp)
-    params, static = eqx.partition(kernel, trainable(kernel))
-
-    def turn(ascent, _):
-        trial = natural.ask(ascent)
-        there = eqx.combine(trial, static)
-        gradient, solution = direct_gradient(there, pomdp)
-        direction = natural.natural_gradient(there, gradient, pomdp, solution.stationary)
-        values = (eqx.filter(x, trainable(kernel)) for x in (gradient, direction))
-        ascent = natural.tell(ascent, trial, solution.average_reward, *values)
-        return ascent, (ascent.value, ascent.params)
-
-    _, (values, params) = jax.lax.scan(turn, natural.init(params), length=200)
+    _, states = natural.ascend(kernel, dense(problem.pomdp), num_steps=200)
+    values, static = states.value, eqx.filter(kernel, trainable(kernel), inverse=True)
     passed = [jnp.argmax(values >= fraction * values[-1]) for fraction in config.along]
-    return [eqx.combine(jax.tree.map(lambda x: x[i], params), static) for i in passed]
+    return [eqx.combine(jax.tree.map(lambda x: x[i], states.params), static) for i in passed]
 
 
 def measure(config: Config, problem: Problem) -> list[Row]:
@@ -152,9 +141,7 @@ def measure(config: Config, problem: Problem) -> list[Row]:
         groups[f"N(0, {std:g}²), hold {hold:g}"] = drawn
         if i == len(config.starts) - 1 and config.along:
             ways = zip(*map(way, drawn), strict=True)
-            groups |= {
-                f"GAMP at {f:.0%}": list(x) for f, x in zip(config.along, ways, strict=True)
-            }
+            groups |= {f"GAMP at {f:.0%}": list(x) for f, x in zip(config.along, ways, strict=True)}
     run = eqx.filter_jit(lambda *x: steps_needed(config, problem, *x))
     rows = []
     for name, kernels in groups.items():

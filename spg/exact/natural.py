@@ -17,12 +17,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, PyTree
+from jax import lax
+from jaxtyping import Array, Float, PyTree
 
+from spg.exact.gamp import direct_gradient
 from spg.kernels.finite import tables, transitions
 from spg.kernels.kernel import Kernel
+from spg.kernels.networks import trainable
 from spg.types import Scalar
-from spg.worlds.models import POMDP
+from spg.worlds.models import POMDP, DensePOMDP
 
 LONGEST = 4.0  # of a step in one logit: where Pr(g, o) vanishes an advantage is rounding
 
@@ -60,6 +63,25 @@ def tell(
     there = trial, value, gradient, direction
     kept: PyTree = jax.tree.map(lambda x, y: jnp.where(better, x, y), there, state[:4])
     return Ascent(*kept, radius)
+
+
+def ascend(
+    kernel: Kernel, pomdp: DensePOMDP, *, num_steps: int, bound: Scalar = 12.0
+) -> tuple[Kernel, Ascent]:
+    """An ascent of η from a kernel of tables: the best, and the states `[num_steps]` on the way."""
+    params, static = eqx.partition(kernel, trainable(kernel))
+
+    def turn(state, _):
+        trial = ask(state, bound=bound)
+        there = eqx.combine(trial, static)
+        gradient, solution = direct_gradient(there, pomdp)
+        direction = natural_gradient(there, gradient, pomdp, solution.stationary)
+        slopes = (eqx.filter(x, trainable(kernel)) for x in (gradient, direction))
+        state = tell(state, trial, solution.average_reward, *slopes)
+        return state, state
+
+    last, states = lax.scan(turn, init(params), length=num_steps)
+    return eqx.combine(last.params, static), states
 
 
 def natural_gradient(

@@ -123,7 +123,12 @@ def random_controller(
 
 
 def random_successors(
-    num_z: int, num_obs: int, out_degree: int, *, loops: bool | Bool[Array, ""] = False, key: PRNGKeyArray
+    num_z: int,
+    num_obs: int,
+    out_degree: int,
+    *,
+    loops: bool | Bool[Array, ""] = False,
+    key: PRNGKeyArray,
 ) -> Int[Array, "G O K"]:
     """For every (g, o) an independent uniform subset of the I-states, of `out_degree` members.
 
