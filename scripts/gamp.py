@@ -57,6 +57,8 @@ class Config(options.ProblemConfig, options.RunConfig):
     solver: Literal["arnoldi", "gmres", "bicgstab", "damped", "direct"] = "arnoldi"
     """of the stationary distribution and of the Poisson equation (with arnoldi, by bicgstab and
     gmres); direct is one LU factorisation, the quickest up to a few thousand joint states"""
+    beta: Annotated[float, Range(0, 1), Needs(solver="direct")] = 1.0
+    """below 1: follow not ∇η but the exact mean of the estimates of `gpomdp.py` with this β"""
     precision: Literal["double", "single"] = "double"
     """of the arithmetic; gradients at a zero start may be as small as 1e-7"""
 
@@ -121,7 +123,7 @@ def step(config: Config, problem: Problem, state: State) -> tuple[State, Report]
         params = natural.ask(ascent, bound=config.bound)
     kernel = eqx.combine(params, static)
     if config.solver == "direct":
-        gradient, solution = direct_gradient(kernel, dense(pomdp))
+        gradient, solution = direct_gradient(kernel, dense(pomdp), beta=config.beta)
     else:
         gradient, solution = gamp_gradient(kernel, pomdp, **SOLVERS[config.solver])
     gradient, value = eqx.filter(gradient, trainable(kernel)), solution.average_reward

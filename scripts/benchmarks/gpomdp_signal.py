@@ -101,21 +101,21 @@ def steps_needed(
         "istate": (gpomdp.istate, memory[:, :0], one_hot(trajs.z)),
         "exp": (exp, memory, jax.vmap(law)(memory, trajs)),
     }
+    advantage = lambda *x: gae(*x, gamma=beta, gae_lambda=config.gae_lambda)
+    one_run = lambda tree: jax.tree.map(lambda x: x[None], tree)
     found = []
     for baseline in (False, True):
         for likelihood, state, alpha in methods.values():
             weight = jax.vmap(returns)(trajs)
             if baseline:
                 value = gpomdp.value_baseline(values, alpha, critic_view(trajs.obs))
-                advantage = partial(gae, gamma=beta, gae_lambda=config.gae_lambda)
                 facts = trajs.reward, value, value[:, 1:], trajs.terminated, trajs.truncated
                 last = config.num_steps - 1
-                weight = jax.vmap(lambda *x: advantage(*x))(*(x[:, :last] for x in facts))
+                weight = jax.vmap(advantage)(*(x[:, :last] for x in facts))
                 weight = jnp.pad(weight, ((0, 0), (0, 1)))
 
             def one(state, traj, weight, likelihood=likelihood):
-                single = jax.tree.map(lambda x: x[None], (state, traj, weight))
-                return flat(gpomdp.gradient(likelihood, kernel, *single))
+                return flat(gpomdp.gradient(likelihood, kernel, *one_run((state, traj, weight))))
 
             each = jax.lax.map(lambda x: one(*x), (state, trajs, weight), batch_size=100)
             found.append(each.var(0, ddof=1).sum() * config.num_steps / norm**2)
@@ -128,7 +128,8 @@ def along(config: Config, problem: Problem, kernel: Kernel) -> list[Kernel]:
     _, states = natural.ascend(kernel, dense(problem.pomdp), num_steps=200)
     values, static = states.value, eqx.filter(kernel, trainable(kernel), inverse=True)
     passed = [jnp.argmax(values >= fraction * values[-1]) for fraction in config.along]
-    return [eqx.combine(jax.tree.map(lambda x: x[i], states.params), static) for i in passed]
+    at = lambda i: eqx.combine(jax.tree.map(lambda x: x[i], states.params), static)
+    return [at(i) for i in passed]
 
 
 def measure(config: Config, problem: Problem) -> list[Row]:
@@ -148,8 +149,8 @@ def measure(config: Config, problem: Problem) -> list[Row]:
         for beta in config.betas:
             keys = jr.split(jr.key(config.seed + 1), len(kernels))
             each = [run(k, jnp.asarray(beta), key) for k, key in zip(kernels, keys, strict=True)]
-            eta, norm, cosine, *steps = np.median(np.array(each), 0).tolist()
-            rows.append(Row(name, eta, norm, beta, cosine, *steps))
+            eta, norm, *others = np.median(np.array(each), 0).tolist()
+            rows.append(Row._make([name, eta, norm, beta, *others]))
     return rows
 
 

@@ -52,7 +52,7 @@ class Config:
     """of loadunload, heavenhell and pentagon"""
     num_seeds: Count = 10
     """trainings of each, every one on a graph of its own"""
-    num_updates: Count = 105
+    num_updates: Count = 84
     """gradients of each"""
     seed: Seed = 0
     """of the graphs"""
@@ -157,9 +157,8 @@ def main(config: Config) -> None:
         some = [row for row in rows if (row.problem, row.out_degree) == (problem, k)]
         middle = np.median(np.array([row[4:] for row in some], float), 0)
         best = max(row.average_reward for row in some)
-        summary.append(
-            dict(zip(("problem", "k", *Row._fields[4:], "best"), (problem, k, *middle, best)))
-        )
+        names = "problem", "k", *Row._fields[4:], "best"
+        summary.append(dict(zip(names, (problem, k, *middle, best), strict=True)))
     print(tables.table(summary, keep=2))
     print(f"written to {out}")
 

@@ -16,7 +16,7 @@ of Δ and not its mean. The unit of b_t is that of Σ_u β^u r.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -118,7 +118,8 @@ def _alphas(
     table = tables(kernel, jnp.arange(num_obs))  # once, not at every step
     facts = policy_view(segment.obs), segment.action, segment.first
     start = start_distribution(kernel).astype(memory.dtype)
-    return _scan(filter_actions, memory, transitions(table), table.mu, start, facts)
+    scan: Any = _scan
+    return scan(filter_actions, memory, transitions(table), table.mu, start, facts)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -165,8 +165,8 @@ def direct_gradient(
         errors = jnp.where(solved, errors, 1)
         right = (errors < 1e-5).all()
         solution = LongRun(
-            jnp.where(right, eta, jnp.nan), shaped(d), shaped(x),
-            *errors, jnp.zeros(2, int), right,
+            jnp.where(right, eta, jnp.nan), shaped(d), shaped(x), errors[0], errors[1],
+            jnp.zeros(2, int), right,
         )  # fmt: skip
         return d @ (reward + beta * (chain @ x)), solution  # its derivative is d (∇r + β ∇K x)
 

@@ -5,10 +5,10 @@ known: F⁺∇η are the advantages,
 
     C(g, o, h) / (Pr(g, o) ω(h | g, o)),      B(h, o, a) / (Pr(h, o) μ(a | h, o)),      ∇η = (C, B),
 
-so that neither a rare visit nor a saturated probability makes a step small. A step goes as far as a
-mean KL divergence ρ, to second order; ρ grows by a half when the step has raised the value, and falls
-to a quarter when it has not, which takes the step back. One ascent is told one gradient a turn, as
-in `spg.exact.conjugate`.
+so that neither a rare visit nor a saturated probability makes a step small. A step goes as far as
+a mean KL divergence ρ, to second order; ρ grows by a half when the step has raised the value, and
+falls to a quarter when it has not, which takes the step back. One ascent is told one gradient a
+turn, as in `spg.exact.conjugate`.
 """
 
 from typing import NamedTuple
@@ -62,7 +62,8 @@ def tell(
     radius = jnp.where(first, state.radius, jnp.where(better, grown, state.radius / 4))
     there = trial, value, gradient, direction
     kept: PyTree = jax.tree.map(lambda x, y: jnp.where(better, x, y), there, state[:4])
-    return Ascent(*kept, radius)
+    params, value, gradient, direction = kept
+    return Ascent(params, value, gradient, direction, radius)
 
 
 def ascend(
