@@ -69,14 +69,9 @@ def task(name: Task) -> tuple[int, dict[str, gamp.Config | gpomdp.Config]]:
             "Exp-GPOMDP": replace(sampled, estimator="exp"),
         }
     if name == "pentagon":
-        exact = replace(EXACT, problem="pentagon", out_degree=2, solver="direct", num_updates=140)
-        rising = replace(exact, costs=(0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0))
-        return 4, {
-            "CONJPOMDP": exact,
-            "CONJPOMDP, costs rise": rising,
-            "natural": replace(exact, optimiser="natural"),
-            "natural, costs rise": replace(rising, optimiser="natural"),
-        }
+        exact = replace(EXACT, problem="pentagon", num_updates=300)
+        sizes = [(1, 1), *((4, k) for k in (1, 2, 3, 4)), (8, 3)]
+        return 1, {f"{n}, {k}": replace(exact, num_z=n, out_degree=k) for n, k in sizes}
     exact = replace(EXACT, problem="factory", precision="single", num_updates=120, checkpoints=2)
     return 1, {
         "GAMP, memoryless": replace(exact, num_z=1, out_degree=1),

@@ -10,19 +10,23 @@ and hidden state, from as many trajectories apart.
 """
 
 import csv
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from gpomdp_variance import record
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray
 
+from scripts.benchmarks.gpomdp_variance import record
 from spg.estimators import gpomdp
 from spg.estimators.returns import gae
 from spg.exact import natural
@@ -143,7 +147,7 @@ def measure(config: Config, problem: Problem) -> list[Row]:
         if i == len(config.starts) - 1 and config.along:
             ways = zip(*map(way, drawn), strict=True)
             groups |= {f"GAMP at {f:.0%}": list(x) for f, x in zip(config.along, ways, strict=True)}
-    run = eqx.filter_jit(lambda *x: steps_needed(config, problem, *x))
+    run = eqx.filter_jit(lambda kernel, beta, key: steps_needed(config, problem, kernel, beta, key))
     rows = []
     for name, kernels in groups.items():
         for beta in config.betas:
