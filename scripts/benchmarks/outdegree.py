@@ -40,7 +40,7 @@ class Study(NamedTuple):
 STUDIES = {
     "loadunload": Study(4, (1, 2, 3, 4), (1.0,), 1 / 4),
     "heavenhell": Study(8, (1, 2, 3, 4, 8), (1.0,), 1 / 11),
-    "pentagon": Study(3, (1, 2, 3), ANNEALED, 0.050343),
+    "pentagon": Study(4, (1, 2, 3, 4), ANNEALED, 0.050343),
 }
 
 
@@ -52,7 +52,7 @@ class Config:
     """of loadunload, heavenhell and pentagon"""
     num_seeds: Count = 10
     """trainings of each, every one on a graph of its own"""
-    num_updates: Count = 63
+    num_updates: Count = 105
     """gradients of each"""
     seed: Seed = 0
     """of the graphs"""

@@ -137,7 +137,9 @@ def direct_gradient(
 
     With β < 1 the gradient is ∇_β = d (∇r + β ∇K x), the mean of the estimates of GPOMDP, and x are
     discounted values (plus a constant).
-    The quickest way up to a few thousand (s, g), for a chain with one recurrent class. Its errors
+
+    The quickest way up to a few thousand (s, g), for a chain with one recurrent class among those
+    that can be reached; the others, where d is 0, are sent to the start. Its errors
     are residuals times the span of x; where they are above 1e-5, as they are for a chain that
     falls apart, η is nan and ∇η is not to be used. What `long_run` searches for is not looked for.
     """
@@ -151,6 +153,7 @@ def direct_gradient(
         chain = joint_chain(kernel, pomdp).reshape(n, n)
         reward = jnp.einsum("sgha,sa->sg", joint_policy(kernel, pomdp), pomdp.reward).reshape(n)
         k, r = lax.stop_gradient((chain, reward))
+        k = jnp.where(_reached(k, start.reshape(n))[:, None], k, start.reshape(n))
         ones = jnp.eye(n) + start.reshape(n)
         factors = lu_factor(ones - k)
         d = lu_solve(factors, start.reshape(n), trans=1)
@@ -174,6 +177,16 @@ def direct_gradient(
 
 
 # --- the chain
+
+
+def _reached(k: Float[Array, "N N"], start: Float[Array, " N"]) -> Bool[Array, " N"]:
+    """What a chain may reach from its start."""
+
+    def spread(state):
+        more = state[0] | (state[0].astype(k.dtype) @ k > 0)
+        return more, (more != state[0]).any()
+
+    return lax.while_loop(lambda state: state[1], spread, (start > 0, jnp.array(True)))[0]
 
 
 def _evaluate(table: Tables, pomdp: POMDP, x: Vector) -> Vector:
