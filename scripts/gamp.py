@@ -24,17 +24,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from spg.exact import conjugate
-from spg.exact.gamp import gamp_gradient, long_run
+from spg.exact import conjugate, natural
+from spg.exact.gamp import direct_gradient, gamp_gradient, long_run
 from spg.exact.solvers import bicgstab, gmres, krylov_bias, krylov_stationary, power, richardson
 from spg.kernels.finite import noise_free
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import trainable
-from spg.limits import Count, Needs, Positive, Range, check
+from spg.limits import Count, Needs, NonNegative, Positive, Range, check
 from spg.rollout import Evaluation
 from spg.training import cli, controllers, loop, metrics, options
 from spg.training.loop import Report, State
-from spg.worlds.models import POMDP, Problem
+from spg.worlds.models import POMDP, Problem, SparsePOMDP, dense
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,27 @@ class Config(options.ProblemConfig, options.RunConfig):
     """gradients of each seed"""
     eval_episodes: Annotated[Count, Needs()] = 16
     """none: evaluations are exact"""
-    optimiser: Literal["conjugate", "adam"] = "conjugate"
-    """CONJPOMDP with GSEARCH, or Adam"""
+    optimiser: Literal["conjugate", "natural", "adam"] = "conjugate"
+    """CONJPOMDP with GSEARCH; natural gradients within a trust region; or Adam"""
+    costs: tuple[NonNegative, ...] = (1.0,)
+    """a continuation: negative rewards are multiplied by these, one after the other, each for an
+    equal share of the gradients; what ends in 1 ends with the problem itself"""
     learning_rate: Annotated[Positive, Needs(optimiser="adam")] = 0.05
     """of Adam; falls linearly to 0"""
     bound: Annotated[float, Range(0, 300, open="low", usual="5 to 20 is usual")] = 12.0
     """logits are kept in [-bound, bound], away from saturation"""
-    solver: Literal["arnoldi", "gmres", "bicgstab", "damped"] = "arnoldi"
+    solver: Literal["arnoldi", "gmres", "bicgstab", "damped", "direct"] = "arnoldi"
     """of the stationary distribution and of the Poisson equation (with arnoldi, by bicgstab and
-    gmres)"""
+    gmres); direct is one LU factorisation, the quickest up to a few thousand joint states"""
+    beta: Annotated[float, Range(0, 1), Needs(solver="direct")] = 1.0
+    """below 1: follow not ∇η but the exact mean of the estimates of `gpomdp.py` with this β"""
     precision: Literal["double", "single"] = "double"
     """of the arithmetic; gradients at a zero start may be as small as 1e-7"""
 
 
 class Learned(NamedTuple):
     kernel: Kernel  # the controller so far
-    optimiser: PyTree  # an Ascent, or the state of Adam
+    optimiser: PyTree  # an Ascent of `conjugate` or `natural`, or the state of Adam
 
 
 SOLVERS = {
@@ -82,11 +87,25 @@ def adam(config: Config) -> optax.GradientTransformation:
     return optax.adam(lambda count: config.learning_rate * (1 - count / total))
 
 
+def begin(config: Config, params: PyTree) -> PyTree:
+    """The optimiser at these parameters."""
+    starts = {"conjugate": conjugate.init, "natural": natural.init, "adam": adam(config).init}
+    return starts[config.optimiser](params)
+
+
 def init(config: Config, problem: Problem, key: PRNGKeyArray) -> State:
     kernel = controllers.make(config, problem, key=key)
     params = eqx.filter(kernel, trainable(kernel))
-    start = conjugate.init if config.optimiser == "conjugate" else adam(config).init
-    return State(Learned(kernel, start(params)), (), key)
+    return State(Learned(kernel, begin(config, params)), jnp.zeros((), jnp.int32), key)
+
+
+def at_stage(config: Config, pomdp: SparsePOMDP, turn: Array) -> tuple[SparsePOMDP, Array]:
+    """The world of gradient number `turn`, and whether a stage opens with it."""
+    stage = lambda turn: jnp.floor((turn + 0.5) * len(config.costs) / config.num_updates)
+    scale = jnp.asarray(config.costs, pomdp.reward.dtype)[stage(turn).astype(int)]
+    reward = jnp.where(pomdp.reward < 0, scale, 1) * pomdp.reward
+    opens = stage(turn) != stage(turn - 1)  # the first gradient opens nothing that `init` had not
+    return eqx.tree_at(lambda pomdp: pomdp.reward, pomdp, reward), opens
 
 
 def step(config: Config, problem: Problem, state: State) -> tuple[State, Report]:
@@ -94,13 +113,26 @@ def step(config: Config, problem: Problem, state: State) -> tuple[State, Report]
     kernel, ascent = state.learned
     params, static = eqx.partition(kernel, trainable(kernel))
     settings = conjugate.Settings(bound=config.bound)
+    pomdp, opens = at_stage(config, problem.pomdp, state.world)
+    if config.optimiser != "adam":  # a value of another stage is none to compare with
+        new = begin(config, params)
+        ascent = jax.tree.map(lambda new, old: jnp.where(opens, new, old), new, ascent)
     if config.optimiser == "conjugate":
         params = conjugate.ask(ascent, settings)
+    elif config.optimiser == "natural":
+        params = natural.ask(ascent, bound=config.bound)
     kernel = eqx.combine(params, static)
-    gradient, solution = gamp_gradient(kernel, problem.pomdp, **SOLVERS[config.solver])
+    if config.solver == "direct":
+        gradient, solution = direct_gradient(kernel, dense(pomdp), beta=config.beta)
+    else:
+        gradient, solution = gamp_gradient(kernel, pomdp, **SOLVERS[config.solver])
     gradient, value = eqx.filter(gradient, trainable(kernel)), solution.average_reward
     if config.optimiser == "conjugate":
         ascent = conjugate.tell(ascent, settings, value, gradient)
+        params, value = ascent.params, ascent.value
+    elif config.optimiser == "natural":
+        direction = natural.natural_gradient(kernel, gradient, pomdp, solution.stationary)
+        ascent = natural.tell(ascent, params, value, gradient, direction)
         params, value = ascent.params, ascent.value
     else:
         descent = jax.tree.map(jnp.negative, gradient)
@@ -115,7 +147,7 @@ def step(config: Config, problem: Problem, state: State) -> tuple[State, Report]
         "converged": solution.converged * 1.0,
     }
     learned = Learned(eqx.combine(params, static), ascent)
-    return state._replace(learned=learned), Report(value, jnp.ones(()), watched)
+    return State(learned, state.world + 1, state.key), Report(value, jnp.ones(()), watched)
 
 
 def evaluate(problem: Problem, state: State, key: PRNGKeyArray) -> Evaluation:
@@ -154,7 +186,11 @@ def make(config: Config) -> loop.Algorithm:
     """What `loop.run` takes, in JAX's present precision. Raises ValueError for what cannot run."""
     check(config)
     problem = options.open_problem(config)
-    options.check_controller(config, problem, basis=20)
+    direct = config.solver == "direct"
+    size = len(problem.pomdp.start) * config.num_z
+    options.check_controller(config, problem, basis=20 + 3 * size * direct)
+    if not 1 <= len(config.costs) <= config.num_updates:
+        raise ValueError(f"{len(config.costs)} costs for {config.num_updates} gradients")
     return cli.of_controllers(
         problem,
         f"GAMP, {config.num_z} I-states, out-degree {config.out_degree}",

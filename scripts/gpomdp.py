@@ -141,6 +141,7 @@ def estimate(
     else:
         likelihood = partial(gpomdp.exp_istate_by_observations, num_obs=num_obs)
         memory, alpha = trajs.z[:, 0], trajs.z
+    drawn = trajs.z if config.estimator == "exp-observations" else one_hot(trajs.z)
     mean = trajs.reward.mean()
     rewards = trajs.reward - (0 if config.baseline == "none" else baseline.reward)
     trajs = trajs._replace(reward=rewards)
@@ -154,7 +155,7 @@ def estimate(
         weight = jax.vmap(lambda *x: advantage(*x))(*(x[:, : config.num_steps - 1] for x in facts))
         weight = jnp.pad(weight, ((0, 0), (0, 1)))  # nothing follows the last action
         collect = partial(gpomdp.collect, num_places=num_places(config, problem))
-        new = reduce_envs(lax.psum, collect, (0, 0, 0))(alpha, place, returns)
+        new = reduce_envs(lax.psum, collect, (0, 0, 0))(drawn, place, returns)
         values = jax.tree.map(lambda old, new: 0.9 * old + new, baseline.values, new)
         baseline = baseline._replace(values=values)
     ascent = reduce_envs(lax.pmean, partial(gpomdp.gradient, likelihood), (None, 0, 0, 0))

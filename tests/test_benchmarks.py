@@ -11,15 +11,17 @@ import pytest
 from scripts.benchmarks import (
     controllers,
     gamp_scale,
+    gpomdp_signal,
     gpomdp_variance,
     kstep,
     memory,
     offpolicy_times,
+    outdegree,
     timing,
 )
 from spg.training import options
 from spg.training.records import RunError
-from spg.worlds.problems import load_unload, tiger
+from spg.worlds.problems import heaven_hell, load_unload, tiger
 
 TINY = memory.Config(
     cells=("linear",), windows=(), lengths=(), repeats=2, z_size=4, hidden=(8,), num_envs=2,
@@ -127,6 +129,29 @@ def test_expectation_over_istates_lowers_the_variance():
     for baseline in gpomdp_variance.BASELINES:
         assert variance["istate", baseline] > 5 * variance["exp", baseline]
     assert all(r.cosine > 0.8 for r in rows)
+
+
+@pytest.mark.slow
+def test_what_an_istate_holds_gives_a_gradient_that_samples_can_see():
+    config = gpomdp_signal.Config(
+        num_z=8, num_controllers=2, num_runs=100, num_steps=200, starts=((0, 0), (0, 4)),
+        along=(0.5,), betas=(0.9,),
+    )  # fmt: skip
+    plain, held, half = gpomdp_signal.measure(config, heaven_hell())
+    assert held.gradient > 50 * plain.gradient
+    assert held.istate < plain.istate / 1000
+    assert held.cosine > 0.99
+    assert half.average_reward > 0.02
+
+
+@pytest.mark.slow
+def test_two_successors_find_what_one_and_all_do_not():
+    config = outdegree.Config(num_seeds=4, num_updates=40)
+    best = [
+        np.median([row.average_reward for row in outdegree.train(config, "loadunload", k)])
+        for k in (1, 3, 4)
+    ]
+    assert best[1] > 0.2 > max(best[0], best[2])
 
 
 @pytest.mark.slow

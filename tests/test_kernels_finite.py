@@ -60,6 +60,19 @@ def test_a_graph_that_chance_does_not_connect_gets_a_cycle():
     assert count == 1
 
 
+def test_istates_that_hold_are_their_own_successors():
+    kernel = random_controller(5, 3, 2, out_degree=3, hold=4.0, key=jr.key(0))
+    table = tables(kernel, jnp.arange(3))
+    mask = masks(kernel.cell.distribution.successors)
+    assert (mask.sum(-1) == 3).all()
+    count, _ = csgraph.connected_components(mask.any(1), connection="strong")
+    assert count == 1
+    stays = table.successors == jnp.arange(5)[:, None]
+    assert (stays.sum(-1) == 1).all()
+    assert np.allclose(table.omega[stays], np.exp(4) / (np.exp(4) + 2))
+    assert np.allclose(table.mu, 0.5)
+
+
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [

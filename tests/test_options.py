@@ -23,9 +23,11 @@ from scripts.benchmarks import (
     controllers,
     curves,
     gamp_scale,
+    gpomdp_signal,
     gpomdp_variance,
     memory,
     offpolicy_times,
+    outdegree,
     questions,
     scans,
 )
@@ -54,7 +56,8 @@ ROOT = Path(__file__).parents[1]
 EVERY = [
     evaluate,
     ppo, trpo, reinforce, sac, td3, gamp, gpomdp, kstep, filters, controllers, curves, gamp_scale,
-    gpomdp_variance, kstep_benchmark, memory, offpolicy_times, questions, scans,
+    gpomdp_signal, gpomdp_variance, kstep_benchmark, memory, offpolicy_times, outdegree, questions,
+    scans,
 ]  # fmt: skip
 HUGE = "99999999999999999999"
 

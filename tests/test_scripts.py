@@ -18,6 +18,7 @@ from scripts import gamp, gpomdp, ppo, reinforce, trpo
 from spg.training import loop, options
 from spg.training.metrics import read_metrics
 from spg.training.records import open_run
+from spg.worlds.problems import heaven_hell
 
 ROOT = Path(__file__).parents[1]
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -156,6 +157,26 @@ def test_gamp_runs(optimiser, tmp_path):
         assert (tmp_path / "run" / file).exists()
 
 
+def test_costs_rise_in_stages():
+    config = gamp.Config(num_updates=4, costs=(0.0, 0.5))
+    world = heaven_hell().pomdp
+    stages = [gamp.at_stage(config, world, jnp.asarray(turn)) for turn in range(4)]
+    assert [bool(opens) for _, opens in stages] == [True, False, True, False]
+    for (pomdp, _), cost in zip(stages, (0, 0, 0.5, 0.5), strict=True):
+        np.testing.assert_allclose(pomdp.reward, np.where(world.reward < 0, -cost, world.reward))
+
+
+@pytest.mark.slow
+def test_gamp_follows_natural_gradients(tmp_path):
+    config = gamp.Config(
+        num_updates=2, num_seeds=2, checkpoints=1, solver="direct", precision="single",
+        optimiser="natural",
+    )  # fmt: skip
+    data = two_updates(gamp, config, tmp_path)
+    assert data["converged"].all()
+    assert (data["average_reward"][:, 1] > data["average_reward"][:, 0]).all()
+
+
 @pytest.mark.parametrize(
     ("estimator", "optimiser", "baseline"),
     [
@@ -183,6 +204,8 @@ def test_gpomdp_runs(estimator, optimiser, baseline, tmp_path):
         (gamp, {"out_degree": 5}, "out_degree 5 is more than num_z 4"),
         (gamp, {"bound": -1.0}, "bound is -1.0"),
         (gamp, {"start_std": -1.0}, "start_std is -1.0"),
+        (gamp, {"start_hold": 1.0, "out_degree": 1}, "start_hold with out_degree 1"),
+        (gamp, {"costs": ()}, "0 costs for 600 gradients"),
         (gpomdp, {"beta": 1.0}, "beta is 1.0"),
         (gpomdp, {"gae_lambda": 2.0}, "gae_lambda is 2.0"),
         (gpomdp, {"gae_lambda": 0.5, "baseline": "none"}, "gae_lambda 0.5 needs --baseline"),

@@ -18,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import gamp
 import gpomdp
+import matplotlib.pyplot as plt
+import numpy as np
 
 from spg.limits import Range, Seed, check
-from spg.training import cli, options, plots, records, summaries, tables
+from spg.training import cli, metrics, options, plots, records, summaries, tables
 
 Task = Literal["loadunload", "heavenhell", "pentagon", "factory"]
 
@@ -39,6 +41,7 @@ class Config:
     """which of the task's methods; by default all"""
 
 
+OPTIMA = {"loadunload": 1 / 4, "heavenhell": 1 / 11}
 EXACT, SAMPLED = gamp.Config(), gpomdp.Config()
 
 
@@ -57,10 +60,10 @@ def task(name: Task) -> tuple[int, dict[str, gamp.Config | gpomdp.Config]]:
     if name == "heavenhell":
         shared: dict[str, Any] = {"problem": "heavenhell", "num_z": 20}
         sampled = replace(
-            SAMPLED, **shared, start_std=2.0, beta=0.97, gae_lambda=0.2, num_steps=500,
-            learning_rate=0.02, total_steps=60_000_000,
+            SAMPLED, **shared, start_hold=4.0, beta=0.9, gae_lambda=0.9, num_envs=50,
+            num_steps=400, learning_rate=0.05, total_steps=3_000_000, checkpoints=10,
         )  # fmt: skip
-        return 4, {
+        return 10, {
             "GAMP": replace(EXACT, **shared),
             "IState-GPOMDP": replace(sampled, estimator="istate"),
             "Exp-GPOMDP": replace(sampled, estimator="exp"),
@@ -93,6 +96,25 @@ def train(config: gamp.Config | gpomdp.Config, out: Path) -> dict[str, Any]:
     return summaries.read_summary(out)
 
 
+def draw_success(task: Task, runs: dict[str, Path], path: Path) -> None:
+    """The share of seeds that earn half of the optimum, in the mean of ten updates, by steps."""
+    figure, ax = plt.subplots(figsize=(5, 3.2))
+    for name, run in runs.items():
+        data = metrics.read_metrics(run)
+        smooth = np.lib.stride_tricks.sliding_window_view(data["average_reward"], 10, 1).mean(-1)
+        share = (smooth > OPTIMA[task] / 2).mean(0)
+        ax.plot(data["env_steps"][0, 9:], share, label=name)
+    ax.set(
+        xlabel="steps of each seed", ylabel="seeds above half of the optimum", ylim=(-0.03, 1.03)
+    )
+    ax.set_title(f"{task}, {len(data['average_reward'])} seeds")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main(config: Config) -> None:
     check(config)
     num_seeds, methods = task(config.task)
@@ -102,12 +124,15 @@ def main(config: Config) -> None:
     out = Path(config.out or f"runs/controllers-{config.task}")
     num_seeds = config.num_seeds or num_seeds
     rows = []
+    sampled: dict[str, Path] = {}
     curves: dict[bool, list[plots.Curve]] = {True: [], False: []}
     for name in config.methods or methods:
         directory = out / name.replace(" ", "-").replace(",", "")
         chosen = replace(methods[name], num_seeds=num_seeds, seed=config.seed)
         summary = train(chosen, directory)
         curves[isinstance(chosen, gamp.Config)].append(summaries.read_curve(directory, name))
+        if isinstance(chosen, gpomdp.Config):
+            sampled[name] = directory
         low, high = summary["final_average_reward_ci95"]
         each = summary["final_average_reward"]
         rows.append(
@@ -127,6 +152,8 @@ def main(config: Config) -> None:
             title = f"{config.task}, {'exact' if exact else 'sampled'} gradients"
             name = "exact" if exact else "sampled"
             plots.learning_curve(out / f"{config.task}_{name}.png", some, title=title)
+    if sampled and config.task in OPTIMA:
+        draw_success(config.task, sampled, out / f"{config.task}_success.png")
     with (out / f"{config.task}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

@@ -15,7 +15,8 @@ of Δ and not its mean. The unit of b_t is that of Σ_u β^u r.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from spg.kernels.finite import predict, start_distribution, tables
+from spg.kernels.finite import start_distribution, tables, transitions
 from spg.kernels.kernel import Kernel
 from spg.scans import linear_scan
 from spg.types import Scalar, Transition, policy_view
@@ -115,21 +116,61 @@ def _alphas(
 ) -> tuple[Float[Array, " G"], tuple[Float[Array, "L G"], Float[Array, " L"]]]:
     """The memory after the segment; α_t and log m_t of its steps."""
     table = tables(kernel, jnp.arange(num_obs))  # once, not at every step
-    obs = policy_view(segment.obs)
-    mu = table.mu[obs]
-    mu = jnp.take_along_axis(mu, segment.action[:, None, None], -1)[..., 0]
-    inputs = table.omega[obs], table.successors[obs], mu, segment.first
+    facts = policy_view(segment.obs), segment.action, segment.first
+    start = start_distribution(kernel).astype(memory.dtype)
+    scan: Any = _scan
+    return scan(filter_actions, memory, transitions(table), table.mu, start, facts)
 
-    @jax.checkpoint  # what the backward pass keeps of a step is α
-    def step(alpha, inputs):
-        omega, successors, mu, first = inputs
-        alpha = jnp.where(first, start_distribution(kernel), alpha)
-        prior = predict(alpha, omega, successors)
-        joint = prior * mu
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(filter_actions: bool, memory, omega, mu, start, facts):
+    """`_alphas`, of ω [O, G, G], μ [O, G, A], α_0 [G] and the record (o, a, first), each [L]."""
+
+    def step(alpha, facts):
+        obs, action, first = facts
+        alpha = jnp.where(first, start, alpha)
+        prior = jnp.sum(alpha[:, None] * omega[obs], 0)
+        joint = prior * mu[obs, :, action]
         m = joint.sum()
         return joint / m if filter_actions else prior, (alpha, jnp.log(m))
 
-    return lax.scan(step, memory, inputs)
+    return lax.scan(step, memory, facts)
+
+
+def _scan_forward(filter_actions, memory, omega, mu, start, facts):
+    memory, (alphas, log_prob) = _scan(filter_actions, memory, omega, mu, start, facts)
+    return (memory, (alphas, log_prob)), (alphas, omega, mu, facts)
+
+
+def _scan_backward(filter_actions, saved, cotangents):
+    """λ_t = ∂/∂α_t, backward in time; ω gathers its share after the scan, by one product."""
+    alphas, omega, mu, facts = saved
+    by_memory, by_steps = cotangents
+
+    def step(by_alpha, inputs):
+        alpha, (obs, action, first), (by_this, by_log) = inputs
+        move, act = omega[obs], mu[obs, :, action]
+        prior = jnp.sum(alpha[:, None] * move, 0)
+        m = jnp.vdot(prior, act)
+        if filter_actions:
+            by_joint = (by_log + by_alpha - jnp.vdot(by_alpha, prior * act) / m) / m
+            by_prior, by_act = by_joint * act, by_joint * prior
+        else:
+            by_prior, by_act = by_alpha + by_log * act / m, by_log * prior / m
+        before = jnp.sum(move * by_prior, 1) + by_this
+        return jnp.where(first, 0, before), (by_prior, by_act, first * before)
+
+    inputs = alphas, facts, by_steps
+    by_memory, (by_prior, by_act, by_start) = lax.scan(step, by_memory, inputs, reverse=True)
+    obs, action, _ = facts
+    seen = jax.nn.one_hot(obs, len(omega), dtype=omega.dtype)
+    by_omega = jnp.einsum("log,lh->ogh", seen[:, :, None] * alphas[:, None], by_prior)
+    taken = jax.nn.one_hot(action, mu.shape[-1], dtype=mu.dtype)
+    by_mu = jnp.einsum("loa,lh->oha", seen[:, :, None] * taken[:, None], by_act)
+    return by_memory, by_omega, by_mu, by_start.sum(0), None
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
 
 
 # --- estimates

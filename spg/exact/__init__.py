@@ -1,9 +1,10 @@
 """Exact numbers of known models: values, gradients, and ascents that use them.
 
-`ascent`, `conjugate`, `gamp` and `kstep` are modules; their entry points are importable from here.
+`ascent`, `conjugate`, `gamp`, `kstep` and `natural` are modules; their entry points are importable
+from here.
 """
 
-from spg.exact import conjugate
+from spg.exact import conjugate, natural
 from spg.exact.ascent import (
     ascend,
     gap_bound,
@@ -23,7 +24,7 @@ from spg.exact.enumeration import (
     stationary_distribution,
     trajectories,
 )
-from spg.exact.gamp import LongRun, gamp_gradient, long_run
+from spg.exact.gamp import LongRun, direct_gradient, gamp_gradient, long_run
 from spg.exact.kstep import (
     KStepValues,
     all_policies,
@@ -41,6 +42,7 @@ __all__ = [
     "all_policies",
     "ascend",
     "conjugate",
+    "direct_gradient",
     "discounted_values",
     "enumerate_mean",
     "enumerate_return",
@@ -51,6 +53,7 @@ __all__ = [
     "kstep_values",
     "long_run",
     "mirror_step",
+    "natural",
     "policy_gradient",
     "policy_returns",
     "product_weights",

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PyTree
 from spg.distributions import Delta
 from spg.exact.checks import check
 from spg.kernels.cells import Computed, Drawn
-from spg.kernels.finite import FiniteMemory, start_distribution, tables
+from spg.kernels.finite import FiniteMemory, start_distribution, tables, transitions
 from spg.kernels.kernel import Kernel
 from spg.types import Scalar, Transition
 from spg.worlds.models import DensePOMDP
@@ -100,10 +100,8 @@ def stationary_distribution(kernel: Kernel, pomdp: DensePOMDP) -> Float[Array, "
 def joint_policy(kernel: Kernel, pomdp: DensePOMDP) -> Float[Array, "S G G A"]:
     """Pr(z', a | s, z) = Σ_o O(o | s) ω(z' | o, z) μ(a | o, z'), laid out [s, z, z', a]."""
     check(kernel, pomdp)
-    omega, successors, mu = tables(kernel, jnp.arange(pomdp.num_obs))
-    every = jax.nn.one_hot(successors, mu.shape[1], dtype=omega.dtype)
-    omega = jnp.einsum("ogk,ogkh->ogh", omega, every)
-    return jnp.einsum("so,ogh,oha->sgha", pomdp.observation, omega, mu)
+    table = tables(kernel, jnp.arange(pomdp.num_obs))
+    return jnp.einsum("so,ogh,oha->sgha", pomdp.observation, transitions(table), table.mu)
 
 
 def joint_chain(kernel: Kernel, pomdp: DensePOMDP) -> Float[Array, "S G S G"]:

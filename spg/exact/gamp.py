@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.scipy.linalg import lu_factor, lu_solve
 from jaxtyping import Array, Bool, Float, Int
 
 from spg.exact.checks import check
+from spg.exact.enumeration import joint_chain, joint_policy
 from spg.exact.solvers import (
     Apply,
     Vector,
@@ -24,9 +25,10 @@ from spg.exact.solvers import (
     span,
     two_krylov_bias,
 )
-from spg.kernels.finite import Tables, start_distribution, tables
+from spg.kernels.finite import Tables, start_distribution, tables, transitions
 from spg.kernels.kernel import Kernel
-from spg.worlds.models import POMDP
+from spg.types import Scalar
+from spg.worlds.models import POMDP, DensePOMDP
 
 
 class LongRun(NamedTuple):
@@ -126,7 +128,65 @@ def gamp_gradient(kernel: Kernel, pomdp: POMDP, **settings) -> tuple[Kernel, Lon
     return gradient, lax.stop_gradient(solution)
 
 
+def direct_gradient(
+    kernel: Kernel, pomdp: DensePOMDP, *, beta: Scalar = 1.0
+) -> tuple[Kernel, LongRun]:
+    """`gamp_gradient` by LU factorisation, v the distribution of the first (s, g):
+
+        d (I - K + 1v) = v,      (I - βK + 1v) x = r
+
+    With β < 1 the gradient is ∇_β = d (∇r + β ∇K x), the mean of the estimates of GPOMDP, and x are
+    discounted values (plus a constant).
+
+    The quickest way up to a few thousand (s, g), for a chain with one recurrent class among those
+    that can be reached; the others, where d is 0, are sent to the start. Its errors
+    are residuals times the span of x; where they are above 1e-5, as they are for a chain that
+    falls apart, η is nan and ∇η is not to be used. What `long_run` searches for is not looked for.
+    """
+
+    discounted = not isinstance(beta, float) or beta < 1
+
+    def objective(kernel):
+        start = pomdp.start[:, None] * start_distribution(kernel)
+        n = start.size
+        shaped = lambda x: x.reshape(start.shape)
+        chain = joint_chain(kernel, pomdp).reshape(n, n)
+        reward = jnp.einsum("sgha,sa->sg", joint_policy(kernel, pomdp), pomdp.reward).reshape(n)
+        k, r = lax.stop_gradient((chain, reward))
+        k = jnp.where(_reached(k, start.reshape(n))[:, None], k, start.reshape(n))
+        ones = jnp.eye(n) + start.reshape(n)
+        factors = lu_factor(ones - k)
+        d = lu_solve(factors, start.reshape(n), trans=1)
+        x = lu_solve(lu_factor(ones - beta * k), r) if discounted else lu_solve(factors, r)
+        solved = jnp.isfinite(d).all() & jnp.isfinite(x).all()
+        d, x = jnp.where(solved, d, start.reshape(n)), jnp.where(solved, x, 0)
+        eta = d @ r
+        pull: Apply = lambda x: shaped(beta * (k @ x.reshape(n)))
+        gain = shaped(r - eta)
+        of_d, of_x = jnp.abs(d @ k - d).sum(), bias_residual(pull, gain, shaped(x))
+        errors = jnp.stack([of_d, of_d + of_x]) * relative_span(gain, shaped(x))
+        errors = jnp.where(solved, errors, 1)
+        right = (errors < 1e-5).all()
+        solution = LongRun(
+            jnp.where(right, eta, jnp.nan), shaped(d), shaped(x), errors[0], errors[1],
+            jnp.zeros(2, int), right,
+        )  # fmt: skip
+        return d @ (reward + beta * (chain @ x)), solution  # its derivative is d (∇r + β ∇K x)
+
+    return eqx.filter_grad(objective, has_aux=True)(kernel)
+
+
 # --- the chain
+
+
+def _reached(k: Float[Array, "N N"], start: Float[Array, " N"]) -> Bool[Array, " N"]:
+    """What a chain may reach from its start."""
+
+    def spread(state):
+        more = state[0] | (state[0].astype(k.dtype) @ k > 0)
+        return more, (more != state[0]).any()
+
+    return lax.while_loop(lambda state: state[1], spread, (start > 0, jnp.array(True)))[0]
 
 
 def _evaluate(table: Tables, pomdp: POMDP, x: Vector) -> Vector:
@@ -148,8 +208,5 @@ def _push(table: Tables, pomdp: POMDP, d: Vector) -> Vector:
     W(s,o,h) = O(o|s) Σ_g d ω(h|g,o),   (dK)(s',h) = Σ_{s,a} [Σ_o W μ(a|h,o)] P(s'|s,a)
     """
     obs, emission = pomdp.emissions()
-    num_z = d.shape[1]
-    every = jax.nn.one_hot(table.successors, num_z, dtype=d.dtype)
-    omega = jnp.einsum("ogk,ogkh->ogh", table.omega, every)
-    w = emission[..., None] * jnp.einsum("sg,smgh->smh", d, omega[obs])
+    w = emission[..., None] * jnp.einsum("sg,smgh->smh", d, transitions(table)[obs])
     return pomdp.push(jnp.einsum("smh,smha->sah", w, table.mu[obs]))

@@ -101,27 +101,38 @@ def random_controller(
     *,
     out_degree: int,
     std: Scalar = 0.0,
+    hold: Scalar = 0.0,
     key: PRNGKeyArray,
 ) -> Kernel:
     """A controller with random successors, out of each (g, o) as many as `out_degree`.
 
     Logits are N(0, std²), by default all zero, as in Aberdeen & Baxter (2002). Their graph is
-    sparse because a dense controller with zero logits has no gradient towards memory. Raises
-    ValueError as `random_successors` does.
+    sparse because a dense controller with zero logits has no gradient towards memory. With `hold`
+    above zero each I-state is one of its own successors, and `hold` is added to the logit of that:
+    what an I-state has been told lasts, for about e^hold / (out_degree - 1) steps, from the start.
+    Raises ValueError as `random_successors` does.
     """
     graph_key, cell_key, head_key = jr.split(key, 3)
-    successors = random_successors(num_z, num_obs, out_degree, key=graph_key)
+    successors = random_successors(num_z, num_obs, out_degree, loops=hold > 0, key=graph_key)
+    stays = successors == jnp.arange(num_z)[:, None, None]
     return finite_kernel(
-        std * jr.normal(cell_key, successors.shape),
+        std * jr.normal(cell_key, successors.shape) + hold * stays,
         std * jr.normal(head_key, (num_z, num_obs, num_actions)),
         successors,
     )
 
 
 def random_successors(
-    num_z: int, num_obs: int, out_degree: int, *, key: PRNGKeyArray
+    num_z: int,
+    num_obs: int,
+    out_degree: int,
+    *,
+    loops: bool | Bool[Array, ""] = False,
+    key: PRNGKeyArray,
 ) -> Int[Array, "G O K"]:
     """For every (g, o) an independent uniform subset of the I-states, of `out_degree` members.
+
+    With `loops` g itself is one of them, the first; then take an `out_degree` of 2 or more.
 
     Drawn again until the union over o is strongly connected and, where there are enough graphs for
     that, no two observations have the same one; after 1000 draws a random cycle is laid into the
@@ -138,7 +149,8 @@ def random_successors(
     distinct = 2 * math.log(num_obs) < log_graphs
 
     def draw(key):
-        return lax.top_k(jr.uniform(key, (num_z, num_obs, num_z)), out_degree)[1]
+        own = jnp.where(loops, 1, 0) * jnp.eye(num_z)[:, None]
+        return lax.top_k(own + jr.uniform(key, (num_z, num_obs, num_z)), out_degree)[1]
 
     def unfit(state):
         return ~_is_fit(state[1], distinct) & (state[2] < 1000)
@@ -152,7 +164,8 @@ def random_successors(
     order = jr.permutation(cycle_key, num_z).astype(successors.dtype)
     follower = jnp.zeros_like(order).at[order].set(jnp.roll(order, -1))
     row = successors[:, 0]
-    slot = jnp.argmax(row == follower[:, None], 1)  # 0 where the follower is not in the row
+    found = row == follower[:, None]
+    slot = jnp.where(found.any(1), jnp.argmax(found, 1), jnp.where(loops, 1, 0))
     cycle = successors.at[jnp.arange(num_z), 0, slot].set(follower)
     return jnp.where(_is_fit(successors, False), successors, cycle)
 
@@ -173,6 +186,13 @@ def tables(kernel: Kernel, obs: Array) -> Tables:
     obs = jax.vmap(kernel.normalizer)(obs)
     step, act = at_every_z(memory)(obs), at_every_z(head)(obs)
     return Tables(jax.nn.softmax(step.logits), _successors(step), jax.nn.softmax(act.logits))
+
+
+def transitions(table: Tables) -> Float[Array, "N G G"]:
+    """ω(h | g, o) of every h, zero for those that are no successors."""
+    num_z = table.omega.shape[1]
+    every = jax.nn.one_hot(table.successors, num_z, dtype=table.omega.dtype)
+    return jnp.einsum("ogk,ogkh->ogh", table.omega, every)
 
 
 def start_distribution(kernel: Kernel) -> Float[Array, " G"]:

@@ -33,7 +33,7 @@ def make(config: ProblemConfig, problem: Problem, *, key: PRNGKeyArray) -> Kerne
     """The controller that a training starts from."""
     return random_controller(
         config.num_z, problem.pomdp.num_obs, problem.pomdp.num_actions,
-        out_degree=config.out_degree, std=config.start_std, key=key,
+        out_degree=config.out_degree, std=config.start_std, hold=config.start_hold, key=key,
     )  # fmt: skip
 
 

@@ -101,6 +101,9 @@ class ProblemConfig:
     """k, the random successors of each I-state and observation; num_z: all"""
     start_std: NonNegative = 0.0
     """standard deviation of the logits at the start"""
+    start_hold: NonNegative = 0.0
+    """above 0 every I-state is among its own successors, with this much on the logit at the start:
+    I-states then hold what they were told, and memory has a gradient that samples can see"""
 
 
 C = TypeVar("C")
@@ -299,7 +302,12 @@ def check_rollout(config: Any, spec: Spec, num_steps: int) -> None:
 
 
 def check_controller(config: ProblemConfig, problem: Problem, *, basis: int = 1) -> None:
-    """Raise ValueError unless the tables, and `basis` functions of (s, g), fit into memory."""
+    """Raise ValueError unless the tables, and `basis` functions of (s, g), fit into memory.
+
+    Also for I-states that hold and have no other successor.
+    """
+    if config.start_hold > 0 and config.out_degree == 1 < config.num_z:
+        raise ValueError("start_hold with out_degree 1 leaves no way to another I-state; take 2")
     size, num_obs, num_actions = (
         len(problem.states),
         problem.pomdp.num_obs,
