@@ -1,6 +1,7 @@
 """Exact numbers of known models: values, gradients, and ascents that use them.
 
-`ascent`, `conjugate`, `gamp` and `kstep` are modules; their entry points are importable from here.
+`ascent`, `conjugate`, `gamp`, `kstep` and `pbvi` are modules; their entry points are importable
+from here.
 """
 
 from spg.exact import conjugate
@@ -33,11 +34,13 @@ from spg.exact.kstep import (
     product_weights,
     sighted_return,
 )
+from spg.exact.pbvi import PointBased, graph_kernel, point_based_bounds
 
 __all__ = [
     "DiscountedValues",
     "KStepValues",
     "LongRun",
+    "PointBased",
     "all_policies",
     "ascend",
     "conjugate",
@@ -47,10 +50,12 @@ __all__ = [
     "expected_return",
     "gamp_gradient",
     "gap_bound",
+    "graph_kernel",
     "joint_policies",
     "kstep_values",
     "long_run",
     "mirror_step",
+    "point_based_bounds",
     "policy_gradient",
     "policy_returns",
     "product_weights",

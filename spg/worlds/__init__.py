@@ -11,6 +11,7 @@ from spg.worlds.models import (
     SparsePOMDP,
     aggregate,
     dense,
+    interrupted,
     sparse,
     sparse_pomdp,
 )
@@ -24,6 +25,7 @@ from spg.worlds.problems import (
     random_pomdp,
     tiger,
 )
+from spg.worlds.rooms import rooms
 from spg.worlds.traps import TRAPS, cartpole, chain, matching, random_aggregated, two_states
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "deterministic_part",
     "factory",
     "heaven_hell",
+    "interrupted",
     "load_unload",
     "matching",
     "parse_pomdp",
@@ -50,6 +53,7 @@ __all__ = [
     "random_pomdp",
     "read_pomdp",
     "ringworld",
+    "rooms",
     "sparse",
     "sparse_pomdp",
     "swap_hmm",
@@ -57,5 +61,10 @@ __all__ = [
     "two_states",
 ]
 
-WORLDS: dict[str, Callable[..., Problem]] = {**PROBLEMS, **TRAPS, "ringworld": ringworld}
+WORLDS: dict[str, Callable[..., Problem]] = {
+    **PROBLEMS,
+    **TRAPS,
+    "ringworld": ringworld,
+    "rooms": rooms,
+}
 """Every built-in problem, by the name that the scripts' `--problem` takes."""
