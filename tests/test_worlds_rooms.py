@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from conftest import best_return, make_finite_kernel
+from conftest import best_return
 
 from spg.exact import discounted_values, sighted_return, stationary_distribution
 from spg.exact.enumeration import joint_policy
@@ -71,9 +71,8 @@ def long_run_reward(kernel, pomdp):
 def test_average_reward_of_an_interrupted_world_is_a_discounted_return():
     """Of a controller that returns to its first I-state where the world begins; of others not."""
     problem, gamma = rooms(3, 2), 0.8
-    kernel = make_finite_kernel(jr.key(0), num_z=2, num_obs=10, num_actions=5)
     num_obs = problem.pomdp.num_obs
-    cell, head = (x[:, :num_obs] for x in (kernel.cell.distribution.logits, kernel.head.logits))
+    cell, head = (jr.normal(jr.key(n), (2, num_obs, n)) for n in (2, 5))
     knows = finite_kernel(cell.at[:, -1].set(jnp.array([0.0, -60.0])), head)
     world, endless = dense(problem.pomdp), dense(interrupted(problem.pomdp, gamma))
     for controller, same in ((knows, True), (finite_kernel(cell, head), False)):

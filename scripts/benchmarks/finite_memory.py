@@ -50,7 +50,7 @@ from spg.worlds.models import Problem, dense
 
 EPISODES, LIMIT = 64, 200  # in an evaluation; steps of an episode of PPO
 POLICIES: dict[str, dict[str, Any]] = {
-    "no memory": {"memory": "none"},
+    "last action": {"memory": "none"},  # which all of these see beside the observation
     "S2PG": {},
     "belief": {"memory": "filter"},
 }
@@ -71,8 +71,8 @@ class Config:
     """of digging in the wrong room"""
     sizes: tuple[Count, ...] = (1, 2, 3, 4, 6, 8)
     """numbers of I-states"""
-    num_seeds: Count = 5
-    """of controllers with exact gradients"""
+    num_seeds: Count = 40
+    """of controllers with exact gradients, each with a start of its own"""
     sampled_seeds: Count = 3
     """of methods that sample"""
     seed: Seed = 0
@@ -243,18 +243,19 @@ def picture(config: Config, rows: list[dict[str, Any]], path: Path) -> None:
         some = [row for row in of(method) if np.isfinite(row["value"])]
         axes.plot([row["num_z"] for row in some], [row["value"] for row in some], f"C{i}.", ms=4)
         sizes = sorted({row["num_z"] for row in some})
-        best = [max(row["value"] for row in some if row["num_z"] == n) for n in sizes]
-        axes.plot(sizes, best, f"C{i}", label=f"{method}, the best of its seeds")
+        at = [[row["value"] for row in some if row["num_z"] == n] for n in sizes]
+        seeds = max(map(len, at), default=0)
+        axes.plot(sizes, list(map(max, at)), f"C{i}", label=f"{method}, best of {seeds} seeds")
+        axes.plot(sizes, list(map(np.median, at)), f"C{i}--", label=f"{method}, median")
     for i, method in enumerate(POLICIES):
         if some := [row["value"] for row in of(method)]:
             axes.axhspan(min(some), max(some), color=f"C{i + 2}", alpha=0.25)
-            axes.axhline(np.mean(some), color=f"C{i + 2}", label=f"PPO, {method}")
+            axes.axhline(float(np.mean(some)), color=f"C{i + 2}", label=f"PPO, {method}")
     if of("PBVI, lower"):
         lower, upper = of("PBVI, lower")[0], of("PBVI, upper")[0]
-        axes.axhspan(
-            lower["value"], upper["value"], color="k", alpha=0.3,
-            label=f"the best policy (PBVI's bounds; {lower['num_z']} nodes)",
-        )  # fmt: skip
+        axes.axhspan(lower["value"], upper["value"], color="k", alpha=0.3)
+        label = f"the best policy, between PBVI's bounds ({lower['num_z']} nodes)"
+        axes.axhline(lower["value"], color="k", linestyle=":", label=label)
     axes.set(
         xlabel="|G|, I-states", ylabel="discounted return from outside", xscale="log",
         title=f"{config.width} x {config.height} rooms, slip {config.slip:g}",

@@ -236,10 +236,11 @@ def interrupted(pomdp: SparsePOMDP, gamma: float) -> SparsePOMDP:
         (gamma * p[s, a, n], (1 - gamma) * np.asarray(pomdp.start)[first[i]]),
         (np.asarray(pomdp.reward)[s, a, n], np.asarray(pomdp.mean_reward())[u, b]),
     )  # fmt: skip
+    s, a, t, p, r = (np.concatenate(x) for x in lists)
     u, m = np.nonzero(np.asarray(pomdp.emission))
     emissions = u, np.asarray(pomdp.observation)[u, m], np.asarray(pomdp.emission)[u, m]
     return sparse_pomdp(
-        tuple(np.concatenate(x) for x in lists), emissions, np.asarray(pomdp.start),
+        (s, a, t, p, r), emissions, np.asarray(pomdp.start),
         num_actions=pomdp.num_actions, num_obs=pomdp.num_obs, unemitted=True,
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ def rooms(width: int = 5, height: int = 3, *, slip: float = 0.1, cost: float = 0
     Range(0).check("cost", cost)
     size = width * height
     Range(2, 2**31 - 1, whole=True, usual="width times height").check("the number of rooms", size)
-    fits(1000 * size, f"a maze of {size:,} rooms")
+    fits(100 * size**2, f"a maze of {size:,} rooms")
     room = np.arange(size)
     x, y = room % width, room // width
     doors = np.stack([y > 0, x < width - 1, y < height - 1, x > 0])  # of north, east, south, west
@@ -51,8 +51,9 @@ def rooms(width: int = 5, height: int = 3, *, slip: float = 0.1, cost: float = 0
     actions = "N", "E", "S", "W", "dig"
     observations = (*(f"{name} wall" for name in names), "outside")
     state = np.arange(size + 1)
+    s, a, t, p, r = (np.concatenate(part) for part in zip(*lists, strict=True))
     pomdp = sparse_pomdp(
-        tuple(np.concatenate(part) for part in zip(*lists, strict=True)),
+        (s, a, t, p, r),
         (state, np.append(walls.ravel(), len(looks)), np.ones(size + 1)),
         state == size,
         num_actions=5,
