@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from spg.worlds.hmm import HMM, deterministic_part
 from spg.worlds.markov import random_hmm, ringworld, swap_hmm
+from spg.worlds.mazes import rooms
 from spg.worlds.models import (
     POMDP,
     DensePOMDP,
@@ -25,7 +26,6 @@ from spg.worlds.problems import (
     random_pomdp,
     tiger,
 )
-from spg.worlds.rooms import rooms
 from spg.worlds.traps import TRAPS, cartpole, chain, matching, random_aggregated, two_states
 
 __all__ = [
