@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from jaxtyping import install_import_hook
 
 install_import_hook("spg", "beartype.beartype")  # before anything imports spg
@@ -85,6 +86,44 @@ def make_pomdp(key, *, num_states=2, num_obs=2, num_actions=2):
     transition, observation, start = (x / x.sum(-1, keepdims=True) for x in draws)
     reward = jr.normal(keys[3], (num_states, num_actions))
     return DensePOMDP(transition, observation, reward, start)
+
+
+def best_return(pomdp, gamma, num_steps=1500):
+    """J of the best policy where only finitely many beliefs follow the start, by enumerating them.
+
+    Value iteration over the beliefs, as a loop over dictionaries; the slow reference of optima.
+    """
+    transition, observation, reward, start = (np.asarray(x, np.float64) for x in pomdp)
+    number, beliefs, rows = {}, [], []
+
+    def find(joint):
+        joint = joint / joint.sum()
+        key = tuple(np.round(joint, 9))
+        if key not in number:
+            number[key] = len(beliefs)
+            beliefs.append(joint)
+        return number[key]
+
+    branches = lambda prior: [
+        (joint.sum(), find(joint)) for joint in (observation * prior[:, None]).T if joint.sum() > 0
+    ]
+    opening = branches(start)
+    while len(rows) < len(beliefs):
+        assert len(beliefs) < 3000
+        b = beliefs[len(rows)]
+        rows.append(
+            [(b @ reward[:, a], branches(b @ transition[:, a])) for a in range(len(reward.T))]
+        )
+    system = np.zeros((len(rows[0]), len(beliefs), len(beliefs)))
+    for i, row in enumerate(rows):
+        for a, (_, following) in enumerate(row):
+            for p, j in following:
+                system[a, i, j] += p
+    earned = np.array([[r for r, _ in row] for row in rows]).T
+    value = np.zeros(len(beliefs))
+    for _ in range(num_steps):
+        value = (earned + gamma * system @ value).max(0)
+    return sum(p * value[j] for p, j in opening)
 
 
 @eqx.filter_jit

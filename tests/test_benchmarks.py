@@ -10,6 +10,7 @@ import pytest
 
 from scripts.benchmarks import (
     controllers,
+    finite_memory,
     gamp_scale,
     gpomdp_signal,
     gpomdp_variance,
@@ -178,6 +179,33 @@ def test_times_of_off_policy_training_are_of_every_method(tmp_path):
     assert named == [(a, m) for a in ("sac", "td3") for m in ("none", "bptt-5-last")]
     assert all(row[x] > 0 for row in rows for x in ("rollout_ms", "gradient_ms"))
     assert (tmp_path / "offpolicy_times.png").stat().st_size > 0
+
+
+def test_what_is_in_the_table_of_finite_memories_is_not_measured_again(tmp_path, monkeypatch):
+    """A run is cut short after GAMP with one I-state, and goes on."""
+    done = []
+
+    def row(method, num_z, value):
+        done.append((method, num_z))
+        of = {"method": method, "num_z": num_z or "", "seed": 0}
+        return [{**of, "value": value, "noise_free": ""}]
+
+    def jobs(config):
+        for i, (method, num_z) in enumerate((("GAMP", 1), ("GAMP", 2), ("S2PG", None))):
+            if i == 1 and len(done) == 1 and not config.resume:
+                raise KeyboardInterrupt
+            yield method, num_z, True, lambda m=method, n=num_z, i=i: row(m, n, 1.0 + i)
+
+    monkeypatch.setattr(finite_memory, "jobs", jobs)
+    config = finite_memory.Config(sizes=(1, 2), out=str(tmp_path / "run"))
+    with pytest.raises(KeyboardInterrupt):
+        finite_memory.main(config)
+    rows = finite_memory.main(replace(config, resume=True))
+    assert done == [("GAMP", 1), ("GAMP", 2), ("S2PG", None)]
+    assert [row["value"] for row in rows] == [1, 2, 3]
+    assert (tmp_path / "run" / "finite_memory.png").stat().st_size > 0
+    with pytest.raises(RunError, match="another configuration"):
+        finite_memory.main(replace(config, resume=True, slip=0.2))
 
 
 def test_factors_are_taken_within_repeats_and_parts_fill_one_table(tmp_path):

@@ -1,6 +1,6 @@
 """Exact numbers of known models: values, gradients, and ascents that use them.
 
-`ascent`, `conjugate`, `gamp`, `kstep` and `natural` are modules; their entry points are importable
+`ascent`, `conjugate`, `gamp`, `kstep`, `natural` and `pbvi` are modules; their entry points are importable
 from here.
 """
 
@@ -34,11 +34,13 @@ from spg.exact.kstep import (
     product_weights,
     sighted_return,
 )
+from spg.exact.pbvi import PointBased, graph_kernel, point_based_bounds
 
 __all__ = [
     "DiscountedValues",
     "KStepValues",
     "LongRun",
+    "PointBased",
     "all_policies",
     "ascend",
     "conjugate",
@@ -49,11 +51,13 @@ __all__ = [
     "expected_return",
     "gamp_gradient",
     "gap_bound",
+    "graph_kernel",
     "joint_policies",
     "kstep_values",
     "long_run",
     "mirror_step",
     "natural",
+    "point_based_bounds",
     "policy_gradient",
     "policy_returns",
     "product_weights",

@@ -93,8 +93,8 @@ class ProblemConfig:
     """The problem and its controller, e.g. --problem heavenhell --num-z 20 --out-degree 2"""
 
     problem: str = "loadunload"
-    """tiger, loadunload, heavenhell, pentagon, factory, ringworld, one of the traps of k-step
-    gradients (twostate, chain, matching, aggregated, cartpole), or a file in the .POMDP format"""
+    """tiger, loadunload, heavenhell, pentagon, factory, ringworld, rooms, one of the traps of
+    k-step gradients (twostate, chain, matching, aggregated, cartpole), or a .POMDP file"""
     num_z: Count = 4
     """|G|, the number of I-states"""
     out_degree: Count = 3

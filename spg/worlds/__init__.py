@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from spg.worlds.hmm import HMM, deterministic_part
 from spg.worlds.markov import random_hmm, ringworld, swap_hmm
+from spg.worlds.mazes import rooms
 from spg.worlds.models import (
     POMDP,
     DensePOMDP,
@@ -11,6 +12,7 @@ from spg.worlds.models import (
     SparsePOMDP,
     aggregate,
     dense,
+    interrupted,
     sparse,
     sparse_pomdp,
 )
@@ -41,6 +43,7 @@ __all__ = [
     "deterministic_part",
     "factory",
     "heaven_hell",
+    "interrupted",
     "load_unload",
     "matching",
     "parse_pomdp",
@@ -50,6 +53,7 @@ __all__ = [
     "random_pomdp",
     "read_pomdp",
     "ringworld",
+    "rooms",
     "sparse",
     "sparse_pomdp",
     "swap_hmm",
@@ -57,5 +61,10 @@ __all__ = [
     "two_states",
 ]
 
-WORLDS: dict[str, Callable[..., Problem]] = {**PROBLEMS, **TRAPS, "ringworld": ringworld}
+WORLDS: dict[str, Callable[..., Problem]] = {
+    **PROBLEMS,
+    **TRAPS,
+    "ringworld": ringworld,
+    "rooms": rooms,
+}
 """Every built-in problem, by the name that the scripts' `--problem` takes."""

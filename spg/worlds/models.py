@@ -13,7 +13,7 @@ import numpy as np
 from jax import core
 from jaxtyping import Array, Float, Int
 
-from spg.limits import fits
+from spg.limits import Range, fits
 
 
 class DensePOMDP(NamedTuple):
@@ -215,6 +215,33 @@ def aggregate(pomdp: SparsePOMDP, groups: np.ndarray) -> SparsePOMDP:
     return SparsePOMDP(
         pomdp.successor, pomdp.probability, pomdp.reward, jnp.asarray(groups, jnp.int32)[:, None],
         jnp.ones_like(pomdp.emission[:, :1]), pomdp.start, num_groups,
+    )  # fmt: skip
+
+
+def interrupted(pomdp: SparsePOMDP, gamma: float) -> SparsePOMDP:
+    """The same world, which with probability 1 - γ begins anew after a step.
+
+    Its average reward under a policy that knows a beginning when it sees one is (1 - γ) times the
+    discounted return of this policy from the start; under any other it is at most that of the best.
+    So what learns by average reward, and what plans with a discount, are compared by one number.
+    Raises ValueError for γ outside (0, 1).
+    """
+    Range(0, 1, open="both").check("gamma", gamma)
+    p, size = np.asarray(pomdp.probability), pomdp.start.size
+    first = np.flatnonzero(pomdp.start)
+    s, a, n = np.nonzero(p)
+    u, b, i = (x.ravel() for x in np.indices((size, pomdp.num_actions, first.size)))
+    lists = (
+        (s, u), (a, b), (np.asarray(pomdp.successor)[s, a, n], first[i]),
+        (gamma * p[s, a, n], (1 - gamma) * np.asarray(pomdp.start)[first[i]]),
+        (np.asarray(pomdp.reward)[s, a, n], np.asarray(pomdp.mean_reward())[u, b]),
+    )  # fmt: skip
+    s, a, t, p, r = (np.concatenate(x) for x in lists)
+    u, m = np.nonzero(np.asarray(pomdp.emission))
+    emissions = u, np.asarray(pomdp.observation)[u, m], np.asarray(pomdp.emission)[u, m]
+    return sparse_pomdp(
+        (s, a, t, p, r), emissions, np.asarray(pomdp.start),
+        num_actions=pomdp.num_actions, num_obs=pomdp.num_obs, unemitted=True,
     )  # fmt: skip
 
 
