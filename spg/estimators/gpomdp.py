@@ -138,7 +138,8 @@ def _scan(filter_actions: bool, memory, omega, mu, start, facts):
 
 
 def _scan_forward(filter_actions, memory, omega, mu, start, facts):
-    memory, (alphas, log_prob) = _scan(filter_actions, memory, omega, mu, start, facts)
+    scan: Any = _scan
+    memory, (alphas, log_prob) = scan(filter_actions, memory, omega, mu, start, facts)
     return (memory, (alphas, log_prob)), (alphas, omega, mu, facts)
 
 

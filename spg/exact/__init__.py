@@ -1,7 +1,7 @@
 """Exact numbers of known models: values, gradients, and ascents that use them.
 
-`ascent`, `conjugate`, `gamp`, `kstep`, `natural` and `pbvi` are modules; their entry points are importable
-from here.
+`ascent`, `conjugate`, `gamp`, `kstep`, `natural` and `pbvi` are modules; their entry points are
+importable from here.
 """
 
 from spg.exact import conjugate, natural

@@ -6,6 +6,7 @@ S' = A(o) S + U(o), linear in S. The head sees what queries of the observation r
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -179,7 +180,8 @@ class Hybrid(Location):
         linear_key, attention_key = jr.split(key)
         size = math.prod(shape)
         self.linear = Linear(obs_size, size, method=method, key=linear_key)
-        self.attention = LinearAttention(
+        make: Callable[..., LinearAttention] = LinearAttention
+        self.attention = make(
             obs_size, size, num_heads=num_heads, key_size=key_size, method=method, key=attention_key
         )
 
