@@ -6,9 +6,8 @@ S' = A(o) S + U(o), linear in S. The head sees what queries of the observation r
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -180,7 +179,7 @@ class Hybrid(Location):
         linear_key, attention_key = jr.split(key)
         size = math.prod(shape)
         self.linear = Linear(obs_size, size, method=method, key=linear_key)
-        make: Callable[..., LinearAttention] = LinearAttention
+        make: Any = LinearAttention  # pyright takes its __init__ for that of a dataclass
         self.attention = make(
             obs_size, size, num_heads=num_heads, key_size=key_size, method=method, key=attention_key
         )
