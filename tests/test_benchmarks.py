@@ -135,7 +135,7 @@ def test_expectation_over_istates_lowers_the_variance():
 @pytest.mark.slow
 def test_what_an_istate_holds_gives_a_gradient_that_samples_can_see():
     config = gpomdp_signal.Config(
-        num_z=8, num_controllers=2, num_runs=100, num_steps=200, starts=((0, 0), (0, 4)),
+        num_z=8, num_controllers=2, num_runs=100, num_steps=200, starts=((0.0, 0.0), (0.0, 4.0)),
         along=(0.5,), betas=(0.9,),
     )  # fmt: skip
     plain, held, half = gpomdp_signal.measure(config, heaven_hell())
