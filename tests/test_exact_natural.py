@@ -77,6 +77,7 @@ def test_natural_gradient_solves_the_fisher_system():
     assert np.linalg.norm(flat(gradient)) > 1e-3
 
 
+@pytest.mark.slow
 def test_ascent_never_falls_and_finds_the_optimum_of_load_unload():
     pomdp = dense(load_unload().pomdp)
     kernel = random_controller(4, pomdp.num_obs, 2, out_degree=3, hold=2.0, key=jr.key(0))

@@ -40,7 +40,13 @@ def test_tiger_earns_what_is_known_of_it():
     assert np.isclose(follows(world, solved, 0.95), solved.lower, atol=1e-5)
 
 
-@pytest.mark.parametrize("problem", [load_unload(), rooms(5, 1, slip=0.0)], ids=["load", "rooms"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param(load_unload(), id="load"),
+        pytest.param(rooms(5, 1, slip=0.0), id="rooms", marks=pytest.mark.slow),
+    ],
+)
 def test_worlds_of_finitely_many_beliefs_are_solved(problem):
     world, gamma = dense(problem.pomdp), problem.discount
     solved = point_based_bounds(
@@ -87,6 +93,7 @@ def test_bounds_hold_where_they_are_not_worth_much(shift):
         assert solved.lower <= value + 1e-12 < solved.lower + 1e-7
 
 
+@pytest.mark.slow
 def test_the_upper_bound_is_below_full_sight_and_above_every_controller():
     problem = rooms(5, 1, slip=0.0)
     world, gamma = dense(problem.pomdp), problem.discount
