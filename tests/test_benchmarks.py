@@ -181,6 +181,24 @@ def test_times_of_off_policy_training_are_of_every_method(tmp_path):
     assert (tmp_path / "offpolicy_times.png").stat().st_size > 0
 
 
+@pytest.mark.slow
+def test_finite_memories_earn_no_more_than_the_bounds_allow(tmp_path):
+    config = finite_memory.Config(
+        width=3, height=1, sizes=(1, 2), num_seeds=2, sampled_seeds=1, num_updates=100,
+        controller_steps=5000, policy_steps=8192, eval_steps=50, num_beliefs=16,
+        out=str(tmp_path / "run"),
+    )  # fmt: skip
+    rows = finite_memory.main(config)
+    value = lambda method: [row["value"] for row in rows if row["method"] == method]
+    (lower,), (upper,), (sight,) = (value(x) for x in ("PBVI, lower", "PBVI, upper", "full sight"))
+    assert lower <= upper + 1e-9 <= sight + 2e-9
+    found = np.array(value("GAMP") + value("IState-GPOMDP"))
+    assert len(found) == 6
+    assert (found <= upper + 1e-6).all()
+    assert max(value("GAMP")) > 0.5 * lower
+    assert {row["method"] for row in rows} >= set(finite_memory.POLICIES)
+
+
 def test_what_is_in_the_table_of_finite_memories_is_not_measured_again(tmp_path, monkeypatch):
     """A run is cut short after GAMP with one I-state, and goes on."""
     done = []

@@ -59,7 +59,7 @@ def test_small_steps_follow_the_differential_equation():
     assert np.abs(solved.y[:, -1]).min() > 0.01
 
 
-def test_amplitudes_settle_without_ringing_and_phases_lock():
+def test_amplitudes_settle_without_ringing():
     unit = make(dt=0.2)
     fastest = eqx.tree_at(lambda unit: unit.raw["rate"], unit, jnp.full(N, 50.0))
     _, r, _ = np.split(np.asarray(run(fastest, jnp.zeros(3 * N), 200)), 3, axis=1)

@@ -34,7 +34,6 @@ import gpomdp
 import ppo
 
 from scripts.benchmarks import timing
-from spg.exact import conjugate
 from spg.exact.kstep import sighted_return
 from spg.exact.pbvi import graph_kernel, point_based_bounds
 from spg.kernels.finite import finite_kernel
@@ -107,12 +106,13 @@ def controllers(config: Config, world: Problem, num_z: int, key: jax.Array) -> K
 
 def exact(config: Config, world: Problem) -> Callable[[Kernel, jax.Array], Kernel]:
     """GAMP with CONJPOMDP."""
-    told = gamp.Config(num_z=max(config.sizes))
+    most = max(config.sizes)
+    told = gamp.Config(num_z=most, out_degree=most, num_updates=config.num_updates)
     update = lambda state, _: (gamp.step(told, world, state)[0], None)
 
     def train(kernel: Kernel, key: jax.Array) -> Kernel:
-        params = eqx.filter(kernel, trainable(kernel))
-        state = State(gamp.Learned(kernel, conjugate.init(params)), (), key)
+        ascent = gamp.begin(told, eqx.filter(kernel, trainable(kernel)))
+        state = gamp.init(told, world, key)._replace(learned=gamp.Learned(kernel, ascent))
         return lax.scan(update, state, length=config.num_updates)[0].learned.kernel
 
     return train

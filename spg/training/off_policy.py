@@ -56,8 +56,7 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     """L, consecutive steps of a sample, which are run again from the first stored z: for s2pg the
     reach of a refresh, for bptt that of gradients too; 0: 32 for bptt, otherwise 1"""
     cell: Annotated[Unit, Needs(memory=DRAWN)] = "gated"
-    """the unit that places z' (s2pg, bptt); leaky is for discrete actions; attention and delta keep
-    matrices, which the head reads by queries"""
+    """the unit that places z' (s2pg, bptt), as in `ppo.py`; leaky is for discrete actions"""
     z_size: Annotated[Size, Needs(memory=DRAWN)] = 16
     """size of the internal state (s2pg, bptt)"""
     state_std: Annotated[float, Range(1e-6, 5), Needs(memory="s2pg")] = 0.05
