@@ -77,7 +77,7 @@ def test_seeds_that_agree_are_drawn_though_their_mean_is_rounded(tmp_path):
         "least": 1.0,
         "most": 1.0,
     }
-    popgym.picture(tmp_path / "popgym.png", [row], ("none",))
+    popgym.picture(tmp_path / "popgym.png", [row])
     assert (tmp_path / "popgym.png").stat().st_size > 0
 
 
@@ -95,6 +95,8 @@ def test_the_table_is_of_runs_that_are_not_trained_again(tmp_path, capsys, monke
     monkeypatch.setattr(popgym.cli.loop, "run", None)
     assert popgym.main(config) == rows
     assert capsys.readouterr().out == shown
+    one = dataclasses.replace(config, methods=("none",))
+    assert popgym.main(one) == rows  # the table keeps the other row
     assert (tmp_path / "run" / "popgym.png").exists()
 
 

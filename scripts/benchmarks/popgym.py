@@ -8,8 +8,8 @@ the episodes that end within an epoch of 65,536 steps, and of these means the hi
 The observation goes with the previous action. Nothing is tuned for a task. Updates are of 256
 environments: with 64, four times as many updates undo a part of what S2PG has learned. Each
 training is a run of its own under --out; one that is complete is not run again, one that was cut
-short is resumed, and commands with other tasks may run beside each other in one --out. The last
-command with all of the tasks then makes the table.
+short is resumed. The table in --out keeps the rows of earlier commands, so that commands with other
+tasks may run beside each other, and a table that was made elsewhere goes on when it is laid there.
 """
 
 import sys
@@ -39,6 +39,20 @@ EASY = (
     "NoisyPositionOnlyCartPole", "PositionOnlyPendulum", "NoisyPositionOnlyPendulum",
 )  # fmt: skip
 MEDIUM = "RepeatPrevious", "CountRecall", "Autoencode", "PositionOnlyCartPole"
+# MMER of the paper's GRU, its best memory, and the MMER of that: table 3, in appendix B, as far as
+# github.com/bryjudy/fly-critic has it in flycritic/popgym/results.py
+PUBLISHED = {
+    "RepeatFirstEasy": (1.000, "GRU", 1.000), "RepeatPreviousEasy": (1.000, "GRU", 1.000),
+    "CountRecallEasy": (0.177, "LSTM", 0.509), "AutoencodeEasy": (-0.283, "GRU", -0.283),
+    "HigherLowerEasy": (0.529, "GRU", 0.529), "MultiarmedBanditEasy": (0.619, "Elman", 0.631),
+    "PositionOnlyCartPoleEasy": (1.000, "GRU", 1.000),
+    "NoisyPositionOnlyCartPoleEasy": (0.995, "GRU", 0.995),
+    "RepeatFirstMedium": (1.000, "GRU", 1.000), "RepeatPreviousMedium": (-0.315, "LMU", 0.789),
+    "CountRecallMedium": (-0.528, "PosMLP", -0.519), "AutoencodeMedium": (-0.425, "IndRNN", -0.420),
+    "HigherLowerMedium": (0.511, "IndRNN", 0.513), "MultiarmedBanditMedium": (0.538, "TCN", 0.598),
+    "PositionOnlyCartPoleMedium": (1.000, "GRU", 1.000),
+    "NoisyPositionOnlyCartPoleMedium": (0.642, "IndRNN", 0.659),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,9 +94,9 @@ def mmer(directory: Path) -> Float[np.ndarray, " seeds"]:
     return np.fmax.reduce(means)
 
 
-def picture(path: Path, rows: list[dict[str, Any]], methods: tuple[str, ...]) -> None:
-    """Each task's MMER, means over seeds and their range; the legend has the means over tasks."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+def picture(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Each task's MMER, means over seeds and their range, beside that of the paper's GRU."""
+    tasks, methods = (list(dict.fromkeys(row[name] for row in rows)) for name in ("task", "method"))
     figure = Figure(figsize=(7.2, 1.4 + 0.4 * len(tasks)), layout="constrained")
     axes = figure.subplots()
     for i, method in enumerate(methods):
@@ -92,8 +106,11 @@ def picture(path: Path, rows: list[dict[str, Any]], methods: tuple[str, ...]) ->
         mean, low, high = (np.array([row[k] for row in own]) for k in ("mmer", "least", "most"))
         axes.errorbar(
             mean, place, xerr=np.maximum([mean - low, high - mean], 0), fmt="o", markersize=4,
-            color=f"C{i}", label=f"{method}, mean over tasks {mean.mean():.3f}",
+            color=f"C{i}", label=method,
         )  # fmt: skip
+    known = [(PUBLISHED[task][0], -i) for i, task in enumerate(tasks) if task in PUBLISHED]
+    if known:
+        axes.plot(*zip(*known, strict=True), "k|", markersize=14, label="paper's GRU")
     axes.set_yticks([-i for i in range(len(tasks))], tasks)
     axes.set(
         xlabel="maximum mean episodic return; bars are the range of the seeds",
@@ -108,9 +125,10 @@ def main(config: Config) -> list[dict[str, Any]]:
     from spg.envs.popgym import TASKS  # here: Gymnax computes when it is imported, on all devices
 
     check(config)
+    tasks, methods = [name.removeprefix("popgym/") for name in TASKS], list(METHODS)
     for kind, words, known in (
-        ("task", config.tasks, [name.removeprefix("popgym/") for name in TASKS]),
-        ("method", config.methods, [name for name in METHODS if name != "oracle"]),
+        ("task", config.tasks, tasks),
+        ("method", config.methods, [name for name in methods if name != "oracle"]),
     ):
         if unknown := [word for word in words if word not in known]:
             raise ValueError(f"unknown {kind} {unknown[0]!r}; choose from {', '.join(known)}")
@@ -129,8 +147,9 @@ def main(config: Config) -> list[dict[str, Any]]:
             }  # fmt: skip
             rows.append(row)
     with records.writing(out):
-        timing.write(out / "popgym.csv", rows)
-        picture(out / "popgym.png", rows, config.methods)
+        rows = timing.merge(out / "popgym.csv", rows, columns=("task", "method"))
+        rows.sort(key=lambda row: (tasks.index(row["task"]), methods.index(row["method"])))
+        picture(out / "popgym.png", rows)
     shown = "task", "method", "seeds", "mmer", "std", "final", "noise_free"
     print("", tables.table([{k: row[k] for k in shown} for row in rows], keep=2), sep="\n")
     return rows
