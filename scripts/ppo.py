@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
+import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from spg.estimators.statistics import observe, observe_critic
+from spg.kernels.cells import Drawn, NormalAround
 from spg.kernels.factory import make_kernel
 from spg.kernels.kernel import Kernel
-from spg.limits import Range
+from spg.limits import Needs, Range
 from spg.training import cli, loop, on_policy
 from spg.training.loop import Report, State
 from spg.training.on_policy import Agent, Learned, OnPolicyConfig
@@ -37,6 +39,11 @@ class Config(OnPolicyConfig):
 
     clip: Annotated[float, Range(0, 10, open="low", usual="0.1 to 0.3 is usual")] = 0.2
     """ε: the ratios of new to old probabilities count within 1 - ε and 1 + ε"""
+    noise_fall: Annotated[float, Range(1, 1000, usual="1 to 10 is usual"), Needs(memory="s2pg")] = (
+        5.0
+    )
+    """factor by which the noise on z' falls over the training, evenly in log σ, beside what it
+    learns (s2pg)"""
 
 
 def init(
@@ -62,7 +69,7 @@ def learn(
     agent, opt_state, metrics = on_policy.descend(
         config, partial(loss, config), Agent(kernel, critic), opt_state, batch, key
     )
-    kernel = observe(agent.kernel, kernel, segments)
+    kernel = quieter(config, observe(agent.kernel, kernel, segments))
     critic = observe_critic(agent.critic, critic, segments)
     return Learned(kernel, critic, opt_state), metrics | {"explained_variance": explained}
 
@@ -79,6 +86,19 @@ def loss(config: Config, agent: Agent, batch: Any) -> tuple[Array, dict[str, Arr
     metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
     metrics |= {k: jnp.mean(v) for k, v in surrogate._asdict().items() if k != "objective"}
     return policy_loss + value_loss - config.entropy_coef * entropy, metrics
+
+
+def quieter(config: Config, kernel: Kernel) -> Kernel:
+    """After an update: log σ of a z' that is drawn around a location, less by a share of the fall.
+
+    Noise is what the score of z' needs, and what blurs memory: it is wide while z' has to be found,
+    and the policy that is left is nearly the noise-free one (theorem 2.3 of Al-Hafez et al., 2024).
+    """
+    if not (isinstance(kernel.cell, Drawn) and isinstance(kernel.cell.distribution, NormalAround)):
+        return kernel
+    share = jnp.log(config.noise_fall) / config.num_updates
+    where = lambda kernel: kernel.cell.distribution.log_std
+    return eqx.tree_at(where, kernel, replace_fn=lambda log_std: log_std - share)
 
 
 def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop.Algorithm:

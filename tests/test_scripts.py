@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -15,6 +16,7 @@ from jax import lax
 from test_training_loop import assert_same_run
 
 from scripts import gamp, gpomdp, ppo, reinforce, trpo
+from spg.kernels.factory import make_kernel
 from spg.training import loop, options
 from spg.training.metrics import read_metrics
 from spg.training.records import open_run
@@ -110,6 +112,22 @@ def test_ppo_runs_by_the_score_alone(tmp_path):
 def test_ppo_runs_with_continuous_actions_and_a_privileged_critic(tmp_path):
     config = replace(PPO, env="Pendulum-v1", privileged=True, previous_action=True, cell="linear")
     two_updates(ppo, config, tmp_path)
+
+
+@pytest.mark.parametrize("cell", ["linear", "lru"])
+def test_the_noise_on_z_falls_by_its_factor_from_the_first_to_the_last_update(cell):
+    config = replace(PPO, total_steps=8 * 32, noise_fall=4.0, cell=cell)
+    make = partial(make_kernel, spec=options.make_env(config).spec, key=jr.key(0))
+    first = last = make(config)
+    for _ in range(config.num_updates):
+        last = ppo.quieter(config, last)
+    before, after = (kernel.cell.distribution.log_std for kernel in (first, last))
+    np.testing.assert_allclose(jnp.exp(after - before), 0.25, rtol=1e-5)
+    where = lambda kernel: kernel.cell.distribution.log_std
+    assert eqx.tree_equal(first, eqx.tree_at(where, last, before))  # nothing else has moved
+    for memory in ("bptt", "none"):
+        kernel = make(replace(config, memory=memory))
+        assert ppo.quieter(config, kernel) is kernel
 
 
 @pytest.mark.slow
