@@ -121,9 +121,9 @@ def test_the_noise_on_z_falls_by_its_factor_from_the_first_to_the_last_update(ce
     first = last = make(config)
     for _ in range(config.num_updates):
         last = ppo.quieter(config, last)
-    before, after = (kernel.cell.distribution.log_std for kernel in (first, last))
-    np.testing.assert_allclose(jnp.exp(after - before), 0.25, rtol=1e-5)
     where = lambda kernel: kernel.cell.distribution.log_std
+    before, after = where(first), where(last)
+    np.testing.assert_allclose(jnp.exp(after - before), 0.25, rtol=1e-5)
     assert eqx.tree_equal(first, eqx.tree_at(where, last, before))  # nothing else has moved
     for memory in ("bptt", "none"):
         kernel = make(replace(config, memory=memory))
