@@ -22,6 +22,7 @@ from spg.kernels.matrix import (
     Hybrid,
     LinearAttention,
     QueryHead,
+    Retention,
     cut,
     matrix_shape,
     read,
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 OBS, HEADS, KEY, VALUE, STEPS = 5, 2, 3, 2, 7
 Z = HEADS * KEY * VALUE
-UNITS = {"attention": LinearAttention, "delta": DeltaRule}
+UNITS = {"attention": LinearAttention, "delta": DeltaRule, "retention": Retention}
 CELLS = UNITS | {"hybrid": Hybrid}
 sigmoid = lambda x: 1 / (1 + np.exp(-x))
 call = eqx.filter_jit(lambda unit, obs, z: unit(obs, z))
@@ -40,7 +41,7 @@ unroll = eqx.filter_jit(lambda unit, *inputs: unit.unroll(*inputs))
 
 
 @eqx.filter_jit
-def make(name, method="auto"):
+def make(name, method: Any = "auto"):
     unit = CELLS[name](OBS, Z, num_heads=HEADS, key_size=KEY, method=method, key=jr.key(0))
     return jitter(unit, jr.key(1), scale=0.2)
 
@@ -57,13 +58,14 @@ def parts(unit, obs):
     keys, values = np.split(rest, [HEADS * KEY])
     keys = keys.reshape(HEADS, KEY)
     keys = keys / np.maximum(1, np.linalg.norm(keys, axis=1))[:, None]
-    gates = gates.reshape(unit.num_gates, HEADS)
+    gates = gates.reshape(unit.num_gates, HEADS) if unit.num_gates else unit.rate[None]
     return sigmoid(-gates[0]), sigmoid(gates[-1]), keys, values.reshape(HEADS, VALUE)
 
 
-def test_linear_attention_is_the_sum_of_decayed_outer_products():
+@pytest.mark.parametrize("name", ["attention", "retention"])
+def test_linear_attention_is_the_sum_of_decayed_outer_products(name):
     """S_t = Σ_i (Π_{i<j≤t} a_j) √(1 - a_i²) k_i v_iᵀ, and the decayed start."""
-    unit, (obs, z, _, z0) = make("attention"), data()
+    unit, (obs, z, _, z0) = make(name), data()
     found = unroll(unit, obs, z, jnp.zeros(STEPS, bool), z0).reshape(-1, HEADS, KEY, VALUE)
     steps = [parts(unit, o) for o in obs]
     for t in range(STEPS):
@@ -186,7 +188,7 @@ def test_a_query_reads_the_value_of_its_key():
     assert np.allclose(found.logits, truth.logits, rtol=1e-12)
 
 
-def test_a_hybrid_is_linear_in_one_half_and_attention_in_the_other():
+def test_a_hybrid_is_linear_in_one_half_and_retention_in_the_other():
     unit, (obs, z, _, _) = make("hybrid"), data()
     sums, state = jnp.split(z, 2)
     after = call(unit, obs[0], z)
@@ -207,7 +209,7 @@ def test_matrix_cells_with_or_without_noise_score_what_they_drew(name, state_std
     assert_cell_scores_what_it_drew(make(name), *data(), state_std)
 
 
-@pytest.mark.parametrize("cell", UNITS)
+@pytest.mark.parametrize("cell", ["attention", "delta"])
 @pytest.mark.parametrize("memory", ["bptt", "s2pg"])
 def test_the_factory_reads_matrices_by_queries(cell, memory):
     env = envs.make("TMaze-memory")

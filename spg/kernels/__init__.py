@@ -46,7 +46,14 @@ from spg.kernels.heads import (
 from spg.kernels.held import Held, HeldHead, HeldState, certain_logits, held_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear, LinearUnit
-from spg.kernels.matrix import DeltaRule, Hybrid, LinearAttention, MatrixUnit, QueryHead
+from spg.kernels.matrix import (
+    DeltaRule,
+    Hybrid,
+    LinearAttention,
+    MatrixUnit,
+    QueryHead,
+    Retention,
+)
 from spg.kernels.networks import MLP, Flat, Identity, Normalizer, trainable
 from spg.kernels.oscillator import Oscillators
 from spg.kernels.seeds import Seed, SeedState, seed_start
@@ -94,6 +101,7 @@ __all__ = [
     "PolicyConfig",
     "QCritic",
     "QueryHead",
+    "Retention",
     "Roll",
     "Seed",
     "SeedState",

@@ -59,9 +59,9 @@ class MatrixUnit(Location):
         INSIDE.check("max_decay", max_decay)
         self.shape, self.method = matrix_shape(z_size, num_heads, key_size), method
         size = num_heads * (self.num_gates + key_size + self.shape[2])
-        low, high = (math.log(-math.log(x)) for x in (max_decay, min_decay))
-        rates = jnp.exp(jnp.linspace(low, high, num_heads))
-        bias = jnp.zeros(size).at[:num_heads].set(jnp.log(jnp.expm1(rates)))
+        bias, start = jnp.zeros(size), _softplus_rates(num_heads, min_decay, max_decay)
+        if self.num_gates:
+            bias = bias.at[:num_heads].set(start)
         linear = eqx.nn.Linear(obs_size, size, key=key)
         self.inputs = eqx.tree_at(lambda linear: linear.bias, linear, bias)
 
@@ -106,13 +106,43 @@ class LinearAttention(MatrixUnit):
 
     @property
     def write(self) -> Float[Array, " n"]:
-        heads, size, values = self.shape
-        rate = jax.nn.softplus(jnp.asarray(self.inputs.bias)[:heads])
-        return jnp.repeat(jnp.sqrt(-jnp.expm1(-2 * rate) / size), size * values)
+        _, size, values = self.shape
+        log_decay = self.parts(jnp.zeros(self.inputs.in_features))[0]
+        return jnp.repeat(jnp.sqrt(-jnp.expm1(2 * log_decay) / size), size * values)
 
     def affine(self, obs: Float[Array, " o"]) -> tuple[Float[Array, " H"], Float[Array, "H K V"]]:
         log_decay, _, k, v = self.parts(obs)
         return jnp.exp(log_decay), _outer(jnp.sqrt(-jnp.expm1(2 * log_decay))[:, None] * k, v)
+
+
+class Retention(LinearAttention):
+    """Linear attention whose decays are learned and the same for all inputs, Sun et al. (2023).
+
+    Where a decay depends on an observation that is rare, and large for that when standardised, a
+    step of the optimiser there moves a slow matrix by many times the noise on it.
+    """
+
+    rate: Float[Array, " H"]  # its softplus is -log a
+    num_gates: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        *args: Any,
+        num_heads: int = 4,
+        min_decay: float = 0.4,
+        max_decay: float = 0.999,
+        **kwargs: Any,
+    ):
+        """As `MatrixUnit`."""
+        decays: Any = {"min_decay": min_decay, "max_decay": max_decay}
+        MatrixUnit.__init__(self, *args, num_heads=num_heads, **decays, **kwargs)
+        self.rate = _softplus_rates(num_heads, min_decay, max_decay)
+
+    def parts(self, obs: Float[Array, " o"]) -> tuple[Array, Array, Array, Array]:
+        heads, size, values = self.shape
+        k, v = jnp.split(self.inputs(obs), [heads * size])
+        log_decay = -jax.nn.softplus(self.rate)
+        return log_decay, jnp.zeros(0), cut(k.reshape(heads, size)), v.reshape(heads, values)
 
 
 class DeltaRule(MatrixUnit):
@@ -155,14 +185,14 @@ class DeltaRule(MatrixUnit):
 
 
 class Hybrid(Location):
-    """Linear units beside linear attention: z = (z_1, S), a half of the entries for each.
+    """Linear units beside retention: z = (z_1, S), a half of the entries for each.
 
     Sums tell how things have changed, matrices what belongs together. Dong et al. (2024) set heads
     of a state space model and of attention beside each other in this way.
     """
 
     linear: Linear
-    attention: LinearAttention
+    attention: Retention
 
     def __init__(
         self,
@@ -179,7 +209,7 @@ class Hybrid(Location):
         linear_key, attention_key = jr.split(key)
         size = math.prod(shape)
         self.linear = Linear(obs_size, size, method=method, key=linear_key)
-        make: Any = LinearAttention  # pyright takes its __init__ for that of a dataclass
+        make: Any = Retention  # pyright takes its __init__ for that of a dataclass
         self.attention = make(
             obs_size, size, num_heads=num_heads, key_size=key_size, method=method, key=attention_key
         )
@@ -222,6 +252,12 @@ class QueryHead(eqx.Module):
         q = cut(self.queries(obs).reshape(self.shape[:2]))
         plain, state = jnp.split(z_next, [z_next.size - math.prod(self.shape)])
         return self.head(obs, jnp.concatenate([plain, read(state.reshape(self.shape), q).ravel()]))
+
+
+def _softplus_rates(num_heads: int, min_decay: float, max_decay: float) -> Float[Array, " H"]:
+    """Numbers whose softplus is -log a, for decays with time constants log-evenly spread."""
+    low, high = (math.log(-math.log(x)) for x in (max_decay, min_decay))
+    return jnp.log(jnp.expm1(jnp.exp(jnp.linspace(low, high, num_heads))))
 
 
 def matrix_shape(z_size: int, num_heads: int, key_size: int, *, share: int = 1) -> Shape:
