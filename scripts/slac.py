@@ -80,7 +80,7 @@ class Config(sac.Config):
     """standard deviation of an observation given the latent, in units of its own"""
     model_learning_rate: Positive = 1e-3
     """of Adam, for the model"""
-    model_updates: Count = 1_000
+    model_updates: Annotated[int, Range(0, 2**31 - 1, whole=True)] = 3_000
     """gradient steps of the model alone before the first update, on the first steps"""
     state_temperature: Annotated[float, Suppress] = 1e-6  # of a z' that is drawn
     learn_state_temperature: Annotated[bool, Suppress] = False
@@ -108,8 +108,8 @@ def seen_size(spec: Spec) -> int:
 
 
 def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
-    """Fresh networks, a buffer with the first steps, and a model that has been fitted to these."""
-    begin_key, critic_key, model_key, fit_key, key = jr.split(key, 5)
+    """Fresh networks and a buffer with the first steps."""
+    begin_key, critic_key, model_key, key = jr.split(key, 4)
     kernel, _, world = begin(config, env, begin_key, policy=make_kernel)
     spec = env.spec
     critic = QCritic(
@@ -124,20 +124,28 @@ def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
     log_temperature = jnp.log(jnp.array([config.temperature, config.state_temperature]))
     opt_states = adam(kernel), adam(critic), adam(log_temperature), adam(model)
     learned = Learned(kernel, critic, critic, log_temperature, opt_states, model)
-
-    def fit(learned, key):
-        place_key, key = jr.split(key)
-        few = {"num_segments": config.model_batch_size, "length": config.segment_length}
-        place = replay.places(world.ring, **few, key=place_key)
-        return model_step(config, learned, replay.take(world.ring, place), key)[0], None
-
-    learned, _ = lax.scan(fit, learned, jr.split(fit_key, config.model_updates))
     return State(learned, world, key)
 
 
 def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
     """One update: a rollout of every environment, then gradient steps."""
+    fit_key, key = jr.split(state.key)
+    learned = fit(config, state.learned, state.world.ring, fit_key)
+    state = State(learned, state.world, key)
     return update(config, env, partial(gradient_step, config), config.num_gradients, state)
+
+
+def fit(config: Config, learned: Learned, ring: replay.Ring, key: PRNGKeyArray) -> Learned:
+    """The model alone on the first steps, before the first update; later nothing is done."""
+    few = {"num_segments": config.model_batch_size, "length": config.segment_length}
+
+    def one(i, learned):
+        place_key, model_key = jr.split(jr.fold_in(key, i))
+        segments = replay.take(ring, replay.places(ring, **few, key=place_key))
+        return model_step(config, learned, segments, model_key)[0]
+
+    fresh = optax.tree.get(learned.opt_states[3], "count") == 0
+    return lax.fori_loop(0, jnp.where(fresh, config.model_updates, 0), one, learned)
 
 
 def gradient_step(
@@ -227,7 +235,7 @@ def actor_step(
         q_value = jax.vmap(learned.critic)(latent, action, z_next)
         choice = Choice(q_value, action, z_next, log_prob.action, log_prob.z)
         weights = {"temperature": jnp.exp(learned.log_temperature[0]), "state_temperature": 0.0}
-        each = jax.vmap(partial(soft_loss, **weights))(choice)
+        each = soft_loss(choice, **weights)
         return jnp.mean(jnp.where(steps.terminated, 0.0, each)), choice
 
     return descend(config.actor_learning_rate, loss, learned.kernel, learned.opt_states[0])

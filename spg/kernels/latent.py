@@ -10,6 +10,7 @@ The latent y = (y1, y2) has two layers, the second of which is the memory:
 and y2 is inferred as it is predicted, q = p. (The paper calls it z, here the internal state.)
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -26,17 +27,21 @@ from spg.types import Scalar
 
 
 class NormalMLP(eqx.Module):
-    """N(m, s²) given any vectors, m and s by one MLP of all of them."""
+    """N(m, s²) given any vectors, m and s by one MLP of all of them; s starts near `std`."""
 
     mlp: MLP
+    start: float = eqx.field(static=True)  # what softplus makes s of, where the MLP gives 0
 
-    def __init__(self, size: int, output_size: int, hidden: list[int], *, key: PRNGKeyArray):
+    def __init__(
+        self, size: int, output_size: int, hidden: list[int], *, std: float, key: PRNGKeyArray
+    ):
         sizes = [size, *hidden, 2 * output_size]
         self.mlp = MLP(sizes, gain=1.0, activation=jax.nn.leaky_relu, key=key)
+        self.start = math.log(math.expm1(std))
 
-    def __call__(self, *given: Float[Array, " n"]) -> Normal:
+    def __call__(self, *given: Float[Array, " _"]) -> Normal:
         mean, spread = jnp.split(self.mlp(jnp.concatenate(given)), 2)
-        return Normal(mean, jax.nn.softplus(spread) + 1e-5)
+        return Normal(mean, jax.nn.softplus(spread + self.start) + 1e-5)
 
 
 class Inferred(NamedTuple):
@@ -71,17 +76,21 @@ class LatentModel(eqx.Module):
         decoder_std: Scalar,
         key: PRNGKeyArray,
     ):
-        """`sizes` are those of y1 and y2."""
+        """`sizes` are those of y1 and y2.
+
+        Their deviations start at a tenth of what the prior of y1_0 has: where they start as large,
+        nothing that is seen reaches the decoder, and the bound rises slowly.
+        """
         keys = iter(jr.split(key, 7))
         (first, second), a = sizes, num_actions
         self.obs_size, self.sizes = obs_size, sizes
-        make = lambda size, output_size: NormalMLP(size, output_size, hidden, key=next(keys))
+        make = lambda *sizes, std=0.1: NormalMLP(*sizes, hidden, std=std, key=next(keys))
         self.posterior_first = make(obs_size, first)
         self.posterior = make(obs_size + second + a, first)
         self.prior = make(second + a, first)
         self.memory_first = make(first, second)
         self.memory = make(first + second + a, second)
-        self.reward = make(2 * (first + second) + a, 1)
+        self.reward = make(2 * (first + second) + a, 1, std=1.0)
         decoder = [first + second, *hidden, obs_size]
         self.decoder = MLP(decoder, gain=1.0, activation=jax.nn.leaky_relu, key=next(keys))
         self.decoder_std = jnp.asarray(decoder_std)
