@@ -14,24 +14,19 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one line, status 130
     signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
-import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-import sac
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 from tyro.conf import Suppress
 
-from spg.estimators.actor_critic import Choice, polyak, q_target, soft_loss
+from spg.estimators.actor_critic import Choice, polyak, q_target, soft_loss, temperature_loss
 from spg.estimators.latent import elbo, sequence
 from spg.kernels.critics import QCritic
 from spg.kernels.factory import make_kernel
@@ -42,12 +37,12 @@ from spg.limits import Count, Positive, Range, Size, Total
 from spg.training import cli, loop, replay
 from spg.training.descent import adam, descend, regress
 from spg.training.loop import Report, State
-from spg.training.off_policy import algorithm, begin, update
+from spg.training.off_policy import OffPolicyConfig, algorithm, begin, update
 from spg.types import Env, Spec, Transition
 
 
 @dataclass(frozen=True)
-class Config(sac.Config):
+class Config(OffPolicyConfig):
     """The training, e.g. --total-steps 1e6 --segment-length 8 --latent-sizes 16 32"""
 
     env: str = "Pendulum-v1"
@@ -70,6 +65,13 @@ class Config(sac.Config):
     """environment steps of each seed, after those of --learning-starts"""
     gamma: Annotated[float, Range(0, 1)] = 0.95
     """discount"""
+    actions: Literal["tanh-normal"] = "tanh-normal"
+    action_std: Annotated[float, Range(1e-6, 5)] = 1.0
+    """of the normal under the tanh, at the start"""
+    temperature: Positive = 0.01
+    """α, the weight of the entropy of actions, at the start"""
+    learn_temperature: bool = True
+    """keep the entropy of actions at --target-entropy"""
     target_entropy: Annotated[float, Range(-100, 0.69)] = -1.0
     """nats for each dimension of an action; 0.69 is that of uniform ones"""
     latent_sizes: tuple[Size, Size] = (16, 32)
@@ -82,16 +84,13 @@ class Config(sac.Config):
     """of Adam, for the model"""
     model_updates: Annotated[int, Range(0, 2**31 - 1, whole=True)] = 3_000
     """gradient steps of the model alone before the first update, on the first steps"""
-    state_temperature: Annotated[float, Suppress] = 1e-6  # of a z' that is drawn
-    learn_state_temperature: Annotated[bool, Suppress] = False
-    state_target_entropy: Annotated[float, Suppress] = -1.0
 
 
 class Learned(NamedTuple):
     kernel: Kernel
     critic: QCritic  # of the latent
     slow: QCritic  # the target networks
-    log_temperature: Float[Array, "2"]  # of actions; the other one is idle
+    log_temperature: Float[Array, ""]
     opt_states: tuple[optax.OptState, optax.OptState, optax.OptState, optax.OptState]
     model: LatentModel
 
@@ -121,7 +120,7 @@ def init(config: Config, env: Env, key: PRNGKeyArray) -> State:
         seen_size(spec), spec.num_actions, config.latent_sizes, [*config.model_hidden],
         decoder_std=config.decoder_std, key=model_key,
     )  # fmt: skip
-    log_temperature = jnp.log(jnp.array([config.temperature, config.state_temperature]))
+    log_temperature = jnp.log(jnp.asarray(config.temperature, jnp.float32))
     opt_states = adam(kernel), adam(critic), adam(log_temperature), adam(model)
     learned = Learned(kernel, critic, critic, log_temperature, opt_states, model)
     return State(learned, world, key)
@@ -163,9 +162,9 @@ def gradient_step(
     kernel, kernel_state, actor_loss, choice = actor_step(
         config, learned, steps, window, latent[:, -1], actor_key
     )
-    log_temperature, temperature_state = sac.temperature_step(config, learned, choice)
+    log_temperature, temperature_state = temperature_step(config, learned, choice)
     q_next = jax.vmap(learned.slow)(latent[:, -1], choice.action, window)
-    bonus = -jnp.exp(learned.log_temperature[0]) * choice.log_prob_action
+    bonus = -jnp.exp(learned.log_temperature) * choice.log_prob_action
     goal = jax.vmap(partial(q_target, gamma=config.gamma))(
         steps.reward, steps.terminated, q_next, bonus
     )
@@ -176,7 +175,7 @@ def gradient_step(
     metrics |= terms | {
         "actor_loss": actor_loss,
         "entropy": -choice.log_prob_action.mean(),
-        "temperature": jnp.exp(learned.log_temperature[0]),
+        "temperature": jnp.exp(learned.log_temperature),
     }
     slow = polyak(learned.slow, critic, config.target_rate)
     opt_states = kernel_state, critic_state, temperature_state, learned.opt_states[3]
@@ -234,11 +233,23 @@ def actor_step(
         action, z_next, log_prob = draw(steps.final_obs, window, keys)
         q_value = jax.vmap(learned.critic)(latent, action, z_next)
         choice = Choice(q_value, action, z_next, log_prob.action, log_prob.z)
-        weights = {"temperature": jnp.exp(learned.log_temperature[0]), "state_temperature": 0.0}
+        weights = {"temperature": jnp.exp(learned.log_temperature), "state_temperature": 0.0}
         each = soft_loss(choice, **weights)
         return jnp.mean(jnp.where(steps.terminated, 0.0, each)), choice
 
     return descend(config.actor_learning_rate, loss, learned.kernel, learned.opt_states[0])
+
+
+def temperature_step(
+    config: Config, learned: Learned, choice: Choice
+) -> tuple[Float[Array, ""], optax.OptState]:
+    """A step of the temperature, which keeps the entropy at its target, where it is learned."""
+    old, state = learned.log_temperature, learned.opt_states[2]
+    if not config.learn_temperature:
+        return old, state
+    goal = config.target_entropy * choice.action.shape[-1]
+    loss = lambda x: (jnp.mean(temperature_loss(x, choice.log_prob_action, goal)), None)
+    return descend(config.learning_rate, loss, old, state)[:2]
 
 
 def make(config: Config) -> loop.Algorithm:

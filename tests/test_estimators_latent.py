@@ -1,6 +1,7 @@
 """The bound of a latent model against likelihoods of linear Gaussian ones, which are known."""
 
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -80,7 +81,8 @@ def log_likelihood(model, seq):
             y2 = draw(*mean_and_std(model, "memory"), y1, y2, a)
         seen.append(draw(decoder.weight, decoder.bias, [float(model.decoder_std)] * 2, y1, y2))
     at, by = join(*seen)
-    return stats.multivariate_normal.logpdf(np.asarray(seq.x).reshape(-1), at, by @ by.T)
+    likelihood: Any = stats.multivariate_normal
+    return likelihood.logpdf(np.asarray(seq.x).reshape(-1), at, by @ by.T)
 
 
 def random_sequence(key, first=()):

@@ -58,8 +58,8 @@ def elbo(
         Σ_t log p(x_t | y_t) - KL(q(y1_t | x_t, y2_{t-1}, a_{t-1}) ‖ p(y1_t | y2_{t-1}, a_{t-1}))
             + log p(r_t | y_t, a_t, y_{t+1})
 
-    Lee et al. (2020), eq. 7, and the reward of their code. Where an episode opens p(y1) is N(0, I),
-    and so it is at the first step, wherever that is in its episode.
+    -J_M of Lee et al. (2020), and the reward of their code. Where an episode opens p(y1) is
+    N(0, I), and so it is at the first step, wherever that is in its episode.
     """
     latent, posterior, prior = model.infer(seq.x, seq.before, seq.first, key=key)
     std = jnp.full(seq.x.shape[-1], model.decoder_std)

@@ -45,6 +45,7 @@ from spg.kernels.heads import (
 )
 from spg.kernels.held import Held, HeldHead, HeldState, certain_logits, held_kernel
 from spg.kernels.kernel import Kernel
+from spg.kernels.latent import Inferred, LatentModel, NormalMLP
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear, LinearUnit
 from spg.kernels.matrix import DeltaRule, Hybrid, LinearAttention, MatrixUnit, QueryHead
 from spg.kernels.networks import MLP, Flat, Identity, Normalizer, trainable
@@ -78,7 +79,9 @@ __all__ = [
     "HeldState",
     "Hybrid",
     "Identity",
+    "Inferred",
     "Kernel",
+    "LatentModel",
     "LeakyFilter",
     "Linear",
     "LinearAttention",
@@ -89,6 +92,7 @@ __all__ = [
     "NetworkMemory",
     "NormalAround",
     "NormalHead",
+    "NormalMLP",
     "Normalizer",
     "Oscillators",
     "PolicyConfig",

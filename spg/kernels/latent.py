@@ -84,7 +84,9 @@ class LatentModel(eqx.Module):
         keys = iter(jr.split(key, 7))
         (first, second), a = sizes, num_actions
         self.obs_size, self.sizes = obs_size, sizes
-        make = lambda *sizes, std=0.1: NormalMLP(*sizes, hidden, std=std, key=next(keys))
+        make = lambda size, output_size, std=0.1: NormalMLP(
+            size, output_size, hidden, std=std, key=next(keys)
+        )
         self.posterior_first = make(obs_size, first)
         self.posterior = make(obs_size + second + a, first)
         self.prior = make(second + a, first)
