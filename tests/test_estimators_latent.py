@@ -23,7 +23,7 @@ from spg.types import Transition
 pytestmark = pytest.mark.usefixtures("float64")
 
 SIZES, NUM_ACTIONS, LENGTH = (2, 3), 1, 4
-PARTS = "posterior_first", "posterior", "prior", "memory_first", "memory", "reward"
+PARTS = "posterior", "prior", "memory", "reward"
 
 
 def affine(net):
@@ -38,7 +38,7 @@ def with_affine(model, name, weight, bias):
 @eqx.filter_jit
 def linear_model(key):
     """Every mean is affine in what it is given, and every deviation is constant."""
-    make_key, *keys = jr.split(key, 8)
+    make_key, *keys = jr.split(key, 6)
     model = LatentModel(2, NUM_ACTIONS, SIZES, [], decoder_std=1.2, key=make_key)
     for name, key in zip((*PARTS, "decoder"), keys, strict=True):
         weight = 0.3 * jr.normal(key, affine(getattr(model, name)).weight.shape)
@@ -74,7 +74,9 @@ def log_likelihood(model, seq):
     for t, first in enumerate(seq.first):
         if t == 0 or first:
             y1 = draw(np.zeros((2, 0)), np.zeros(2), np.ones(2), constant([]))
-            y2 = draw(*mean_and_std(model, "memory_first"), y1)
+            y2 = draw(
+                *mean_and_std(model, "memory"), y1, constant(np.zeros(SIZES[1] + NUM_ACTIONS))
+            )
         else:
             a = constant(seq.action[t - 1])
             y1 = draw(*mean_and_std(model, "prior"), y2, a)
@@ -133,38 +135,33 @@ def test_weights_of_latents_average_to_the_likelihood_and_no_bound_exceeds_it(fi
 
 
 def filtered_model(exact):
-    """y2 is told by the actions alone; so q can be the exact posterior of y1."""
+    """y2 is told by the actions alone, so q can be the exact posterior of y1.
+
+    p(y1) is N(0, I) where nothing was before, as at the first step.
+    """
     model = linear_model(jr.key(2))
+    spread = lambda name, std: jnp.log(jnp.expm1(std - 1e-5)) - getattr(model, name).start
     weight, bias, _ = mean_and_std(model, "memory")
-    sure = jnp.full(SIZES[1], -60.0)  # deviations of 1e-5
-    weight = jnp.concatenate([weight.at[:, : SIZES[0]].set(0.0), jnp.zeros_like(weight)])
-    model = with_affine(model, "memory", weight, jnp.concatenate([bias, sure]))
-    weight, bias, _ = mean_and_std(model, "memory_first")
-    both = jnp.zeros((2 * SIZES[1], SIZES[0]))
-    model = with_affine(model, "memory_first", both, jnp.concatenate([bias, sure]))
-    slope = jnp.array([0.8, -1.3])
+    weight = weight.at[:, : SIZES[0]].set(0.0)
+    model = with_mean(model, "memory", weight, bias, jnp.full(SIZES[1], -60.0))  # as good as none
+    weight, bias, _ = mean_and_std(model, "prior")
+    model = with_mean(model, "prior", weight, 0 * bias, spread("prior", jnp.ones(2)))
+    slope, offset = jnp.array([0.8, -1.3]), affine(model.decoder).bias
     decoder = jnp.zeros((2, sum(SIZES))).at[jnp.arange(2), jnp.arange(2)].set(slope)
-    offset = affine(model.decoder).bias
     model = with_affine(model, "decoder", decoder, offset)
-    return _exact_posterior(model, slope, offset) if exact else model
-
-
-def _exact_posterior(model, slope, offset):
-    weight, bias, std = mean_and_std(model, "prior")
+    if not exact:
+        return model
     noise = model.decoder_std**2
+    precision = 1 + slope**2 / noise
+    by_x = jnp.diag(slope / noise / precision)
+    weight = jnp.concatenate([by_x, weight / precision[:, None]], 1)
+    mean = -slope * offset / noise / precision
+    return with_mean(model, "posterior", weight, mean, spread("posterior", precision**-0.5))
 
-    def fit(model, name, weight, bias, std):
-        precision = 1 / std**2 + slope**2 / noise
-        by_x = jnp.diag(slope / noise / precision)
-        mean = (bias / std**2 - slope * offset / noise) / precision
-        rest = weight / (std**2 * precision)[:, None]
-        both = jnp.concatenate([by_x, rest], 1)
-        spread = jnp.log(jnp.expm1(precision**-0.5 - 1e-5)) - getattr(model, name).start
-        bias = jnp.concatenate([mean, spread])
-        return with_affine(model, name, jnp.concatenate([both, jnp.zeros_like(both)]), bias)
 
-    model = fit(model, "posterior", weight, bias, std)
-    return fit(model, "posterior_first", jnp.zeros((2, 0)), jnp.zeros(2), jnp.ones(2))
+def with_mean(model, name, weight, bias, spread):
+    weight = jnp.concatenate([weight, jnp.zeros_like(weight)])
+    return with_affine(model, name, weight, jnp.concatenate([bias, spread]))
 
 
 @pytest.mark.parametrize("first", [(), (2,)])
@@ -173,7 +170,7 @@ def test_the_bound_is_the_likelihood_less_the_kl_to_the_exact_posterior(first):
     seq = random_sequence(jr.key(3), first)
     best, other = filtered_model(True), filtered_model(False)
     exact = log_likelihood(best, seq)
-    infer = lambda m: m.infer(seq.x, seq.before, seq.first, key=jr.key(0)).posterior
+    infer = eqx.filter_jit(lambda m: m.infer(seq.x, seq.before, seq.first, key=jr.key(0)).posterior)
     gap = jax.vmap(Normal.kl)(infer(other), infer(best)).sum()  # y2 is the same in every draw
     for model, expected in ((best, exact), (other, exact - gap)):
         bounds, _ = draws(model, seq, 20_000)
@@ -188,10 +185,10 @@ def test_gradient_of_the_kl_is_that_in_closed_form():
     model = linear_model(jr.key(4))
     seq = random_sequence(jr.key(5))
     kl = lambda model: elbo(model, seq, key=jr.key(0))[0].kl[0]
-    found = affine(eqx.filter_jit(eqx.filter_grad(kl))(model).posterior_first).bias
-    weight, bias, std = mean_and_std(model, "posterior_first")
-    mean = weight @ seq.x[0] + bias
-    spread = affine(model.posterior_first).bias[2:] + model.posterior_first.start
+    found = affine(eqx.filter_jit(eqx.filter_grad(kl))(model).posterior).bias
+    weight, bias, std = mean_and_std(model, "posterior")
+    mean = weight[:, :2] @ seq.x[0] + bias
+    spread = jnp.asarray(affine(model.posterior).bias)[2:] + model.posterior.start
     expected = jnp.concatenate([mean, (std - 1 / std) * jax.nn.sigmoid(spread)])
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 

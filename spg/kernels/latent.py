@@ -7,7 +7,8 @@ The latent y = (y1, y2) has two layers, the second of which is the memory:
     p(x_t | y_t)                  p(r_t | y_t, a_t, y_{t+1})
     q(y1_0 | x_0)                 q(y1_t | x_t, y2_{t-1}, a_{t-1})
 
-and y2 is inferred as it is predicted, q = p. (The paper calls it z, here the internal state.)
+and y2 is inferred as it is predicted, q = p. (The paper calls y z, here the internal state.) The
+distributions of the first step are those of the others with zeros for y2 and a: they share weights.
 """
 
 import math
@@ -55,11 +56,9 @@ class Inferred(NamedTuple):
 class LatentModel(eqx.Module):
     """p and q of the module's first lines, of vectors; each distribution is an MLP of its own."""
 
-    posterior_first: NormalMLP  # q(y1_0 | x_0)
-    posterior: NormalMLP
-    prior: NormalMLP
-    memory_first: NormalMLP  # p(y2_0 | y1_0)
-    memory: NormalMLP
+    posterior: NormalMLP  # q(y1)
+    prior: NormalMLP  # p(y1)
+    memory: NormalMLP  # p(y2)
     decoder: MLP
     decoder_std: Float[Array, ""] = eqx.field(metadata=FIXED)
     reward: NormalMLP
@@ -81,16 +80,14 @@ class LatentModel(eqx.Module):
         Their deviations start at a tenth of what the prior of y1_0 has: where they start as large,
         nothing that is seen reaches the decoder, and the bound rises slowly.
         """
-        keys = iter(jr.split(key, 7))
+        keys = iter(jr.split(key, 5))
         (first, second), a = sizes, num_actions
         self.obs_size, self.sizes = obs_size, sizes
         make = lambda size, output_size, std=0.1: NormalMLP(
             size, output_size, hidden, std=std, key=next(keys)
         )
-        self.posterior_first = make(obs_size, first)
         self.posterior = make(obs_size + second + a, first)
         self.prior = make(second + a, first)
-        self.memory_first = make(first, second)
         self.memory = make(first + second + a, second)
         self.reward = make(2 * (first + second) + a, 1, std=1.0)
         decoder = [first + second, *hidden, obs_size]
@@ -112,18 +109,16 @@ class LatentModel(eqx.Module):
         """
         size, memory_size = self.sizes
         noise = jr.normal(key, (len(x), size + memory_size), x.dtype)
-        opening = jax.vmap(self.posterior_first)(x)
         standard = Normal(jnp.zeros(size, x.dtype), jnp.ones(size, x.dtype))
 
         def step(y2, inputs):
-            x, a, first, opening, noise = inputs
-            either = lambda *pair: jax.tree.map(partial(jnp.where, first), *pair)
-            prior = either(standard, self.prior(y2, a))
-            posterior = either(opening, self.posterior(x, y2, a))
+            x, a, first, noise = inputs
+            y2, a = (jnp.where(first, 0.0, v) for v in (y2, a))
+            prior = jax.tree.map(partial(jnp.where, first), standard, self.prior(y2, a))
+            posterior = self.posterior(x, y2, a)
             y1 = posterior.at(noise[:size])
-            y2 = either(self.memory_first(y1), self.memory(y1, y2, a)).at(noise[size:])
+            y2 = self.memory(y1, y2, a).at(noise[size:])
             return y2, Inferred(jnp.concatenate([y1, y2]), posterior, prior)
 
-        start = jnp.zeros(memory_size, x.dtype)
         first = first.at[0].set(True)
-        return lax.scan(step, start, (x, action, first, opening, noise))[1]
+        return lax.scan(step, jnp.zeros(memory_size, x.dtype), (x, action, first, noise))[1]
