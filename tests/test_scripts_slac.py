@@ -22,7 +22,7 @@ SLAC = slac.Config(
     num_envs=4, num_steps=2, total_steps=16, learning_starts=24, buffer_size=32, batch_size=4,
     model_batch_size=2, updates_per_step=1.0, hidden=(8,), model_hidden=(), latent_sizes=(2, 3),
     window=3, segment_length=3, model_updates=2, num_seeds=2, eval_episodes=2, checkpoints=1,
-    env_params={"max_steps_in_episode": 5},
+    env_params={"max_steps_in_episode": 5.0},
 )  # fmt: skip
 TERMS = ("reconstruction", "kl", "reward_fit", "actor_loss", "critic_loss", "entropy")
 
