@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tyro.conf import Suppress
 
-from scripts import evaluate, filters, gamp, gpomdp, kstep, ppo, reinforce, sac, td3, trpo
+from scripts import evaluate, filters, gamp, gpomdp, kstep, ppo, reinforce, sac, slac, td3, trpo
 from scripts.benchmarks import (
     controllers,
     curves,
@@ -55,9 +55,9 @@ from spg.worlds.traps import cartpole, chain, matching, random_aggregated
 ROOT = Path(__file__).parents[1]
 EVERY = [
     evaluate,
-    ppo, trpo, reinforce, sac, td3, gamp, gpomdp, kstep, filters, controllers, curves, gamp_scale,
-    gpomdp_signal, gpomdp_variance, kstep_benchmark, memory, offpolicy_times, outdegree, questions,
-    scans,
+    ppo, trpo, reinforce, sac, slac, td3, gamp, gpomdp, kstep, filters, controllers, curves,
+    gamp_scale, gpomdp_signal, gpomdp_variance, kstep_benchmark, memory, offpolicy_times, outdegree,
+    questions, scans,
 ]  # fmt: skip
 HUGE = "99999999999999999999"
 

@@ -38,6 +38,7 @@ from spg.estimators.imitation import (
     regularised_loss,
     soft_labels,
 )
+from spg.estimators.latent import Elbo, Sequence, elbo, sequence
 from spg.estimators.mixed import MixedTerms, mixed_surrogate, mixed_terms
 from spg.estimators.returns import gae, returns_to_go
 from spg.estimators.score import episodic_gpomdp, reinforce, score_estimate
@@ -55,7 +56,9 @@ __all__ = [
     "Choice",
     "Constants",
     "Divergence",
+    "Elbo",
     "MixedTerms",
+    "Sequence",
     "Smoothing",
     "Surrogate",
     "Trial",
@@ -66,6 +69,7 @@ __all__ = [
     "direct_estimate",
     "discounted_returns",
     "divergence",
+    "elbo",
     "episodic_gpomdp",
     "exp_istate",
     "exp_istate_by_observations",
@@ -98,6 +102,7 @@ __all__ = [
     "returns_to_go",
     "s2pg_variance_bound",
     "score_estimate",
+    "sequence",
     "smoothed_choice",
     "soft_labels",
     "soft_loss",

@@ -45,6 +45,7 @@ from spg.kernels.heads import (
 )
 from spg.kernels.held import Held, HeldHead, HeldState, certain_logits, held_kernel
 from spg.kernels.kernel import Kernel
+from spg.kernels.latent import Inferred, LatentModel, NormalMLP
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear, LinearUnit
 from spg.kernels.matrix import (
     DeltaRule,
@@ -85,7 +86,9 @@ __all__ = [
     "HeldState",
     "Hybrid",
     "Identity",
+    "Inferred",
     "Kernel",
+    "LatentModel",
     "LeakyFilter",
     "Linear",
     "LinearAttention",
@@ -96,6 +99,7 @@ __all__ = [
     "NetworkMemory",
     "NormalAround",
     "NormalHead",
+    "NormalMLP",
     "Normalizer",
     "Oscillators",
     "PolicyConfig",

@@ -9,7 +9,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from spg.kernels.networks import FIXED, MLP, Flat, Normalizer
+from spg.kernels.networks import FIXED, MLP, Flat, Identity, Normalizer
 from spg.types import critic_view
 
 
@@ -68,7 +68,7 @@ class QCritic(eqx.Module):
     """
 
     mlps: MLP  # the ensemble's, stacked
-    normalizer: Normalizer
+    normalizer: Normalizer | Identity
     feature: Callable[[PyTree], Array]  # of z', which the networks see in place of z'
 
     def __init__(
@@ -80,16 +80,17 @@ class QCritic(eqx.Module):
         *,
         num_critics: int = 2,
         layer_norm: bool = True,
+        normalize: bool = True,
         feature: Callable[[PyTree], Array] | None = None,
         key: PRNGKeyArray,
     ):
-        """`feature_size` is that of feature(z')."""
+        """`feature_size` is that of feature(z'). With `normalize` o is standardised."""
         sizes = [obs_size + num_actions + feature_size, *hidden, 1]
         make = lambda key: MLP(
             sizes, gain=1.0, activation=jax.nn.relu, layer_norm=layer_norm, key=key
         )
         self.mlps = jax.vmap(make)(jr.split(key, num_critics))
-        self.normalizer = Normalizer(obs_size)
+        self.normalizer = Normalizer(obs_size) if normalize else Identity()
         self.feature = Flat() if feature is None else feature
 
     def __call__(
