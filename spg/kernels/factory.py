@@ -58,8 +58,8 @@ class PolicyConfig:
     cell: Annotated[Unit, Needs(memory=DRAWN)] = "linear"
     """the unit that places z' (s2pg, bptt); leaky takes one-hot observations and the previous
     action; attention and delta keep matrices, which the head reads by queries; hybrid is linear in
-    one half of z, attention in the other; oscillator is a central pattern generator, which takes 3
-    entries of z for each oscillator"""
+    one half of z, attention with constant decays in the other; oscillator is a central pattern
+    generator, which takes 3 entries of z for each oscillator"""
     dt: Annotated[
         float, Range(0, 0.2, open="low"), Constant, Needs(memory=DRAWN, cell="oscillator")
     ] = 0.05
