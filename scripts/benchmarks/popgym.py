@@ -149,6 +149,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     with records.writing(out):
         rows = timing.merge(out / "popgym.csv", rows, columns=("task", "method"))
         rows.sort(key=lambda row: (tasks.index(row["task"]), methods.index(row["method"])))
+        timing.write(out / "popgym.csv", rows)
         picture(out / "popgym.png", rows)
     shown = "task", "method", "seeds", "mmer", "std", "final", "noise_free"
     print("", tables.table([{k: row[k] for k in shown} for row in rows], keep=2), sep="\n")
