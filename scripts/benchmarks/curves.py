@@ -54,10 +54,10 @@ class Config:
 
 METHODS: dict[str, dict[str, Any]] = {
     "S2PG": {"memory": "s2pg"},
-    "S2PG hybrid": {"memory": "s2pg", "cell": "hybrid", "z_size": 64},
-    "BPTT hybrid": {"memory": "bptt", "cell": "hybrid", "z_size": 64},
     "S2PG score": {"memory": "s2pg", "memory_gradient": "score"},
+    "S2PG linear": {"memory": "s2pg", "cell": "linear", "z_size": 32},
     "BPTT": {"memory": "bptt"},
+    "BPTT linear": {"memory": "bptt", "cell": "linear", "z_size": 32},
     "S2PG GRU": {"memory": "s2pg", "cell": "gru"},
     "BPTT GRU": {"memory": "bptt", "cell": "gru"},
     "window-5": {"memory": "window", "window": 5},

@@ -55,10 +55,10 @@ class PolicyConfig:
     memory: Literal["s2pg", "bptt", "window", "filter", "kstep", "none", "oracle"] = "s2pg"
     """how z' follows from (o, z): drawn, computed, a window, a filter of the known model, a seed
     that is held for k steps; none and oracle have no memory, the oracle sees the state"""
-    cell: Annotated[Unit, Needs(memory=DRAWN)] = "linear"
-    """the unit that places z' (s2pg, bptt); leaky takes one-hot observations and the previous
-    action; attention and delta keep matrices, which the head reads by queries; hybrid is linear in
-    one half of z, attention with constant decays in the other; oscillator is a central pattern
+    cell: Annotated[Unit, Needs(memory=DRAWN)] = "hybrid"
+    """the unit that places z' (s2pg, bptt); attention and delta keep matrices, which the head reads
+    by queries; hybrid is linear in one half of z, attention with constant decays in the other;
+    leaky takes one-hot observations and the previous action; oscillator is a central pattern
     generator, which takes 3 entries of z for each oscillator"""
     dt: Annotated[
         float, Range(0, 0.2, open="low"), Constant, Needs(memory=DRAWN, cell="oscillator")
@@ -71,7 +71,7 @@ class PolicyConfig:
     key_size: Annotated[Count, Needs(memory=DRAWN, cell=MATRIX)] = 4
     """rows of each matrix; the columns are z_size / (num_layers num_heads key_size), for hybrid a
     half of that (attention, delta, hybrid)"""
-    z_size: Annotated[Size, Needs(memory=(*DRAWN, "kstep"))] = 32
+    z_size: Annotated[Size, Needs(memory=(*DRAWN, "kstep"))] = 64
     """size of the internal state, of all layers together (s2pg, bptt), where a complex number takes
     two; or the number of seeds (kstep)"""
     k: Annotated[Count, Needs(memory="kstep")] = 8
