@@ -13,8 +13,9 @@ from spg.rollout import Carry
 from spg.training import devices
 
 SMALL = {"num_envs": 8, "num_seeds": 2}
-NETS = SMALL | {"z_size": 4, "hidden": (8,), "eval_episodes": 1}
+NETS = SMALL | {"cell": "linear", "z_size": 4, "hidden": (8,), "eval_episodes": 1}
 REPLAY = NETS | {
+    "cell": "gated",
     "num_steps": 2, "updates_per_step": 1.0, "batch_size": 16, "buffer_size": 64,
     "learning_starts": 32, "total_steps": 64, "env_params": {"max_steps_in_episode": 5},
 }  # fmt: skip

@@ -144,9 +144,9 @@ def make_mine(config, spec, *, key):
 def test_ppo_trains_a_cell_in_an_environment_with_an_optimiser_of_yours(tmp_path, monkeypatch):
     monkeypatch.setattr(on_policy, "optimiser", lambda config: optax.adamw(1e-3, weight_decay=0.5))
     config = ppo.Config(
-        env=HERE, observe="all", z_size=3, hidden=(4,), num_envs=4, num_steps=8, num_minibatches=2,
-        num_epochs=1, total_steps=64, num_seeds=2, checkpoints=1, eval_episodes=2,
-        out=str(tmp_path / "run"),
+        env=HERE, observe="all", cell="linear", z_size=3, hidden=(4,), num_envs=4, num_steps=8,
+        num_minibatches=2, num_epochs=1, total_steps=64, num_seeds=2, checkpoints=1,
+        eval_episodes=2, out=str(tmp_path / "run"),
     )  # fmt: skip
     algorithm = ppo.make(config, policy=make_mine)
     loop.run(config, algorithm, open_run(config, algorithm.name))

@@ -21,7 +21,8 @@ from spg.training import on_policy, options
 from spg.training.metrics import Table, read_metrics
 from spg.types import policy_view
 
-SMALL = {"num_envs": 16, "num_steps": 32, "num_minibatches": 8, "z_size": 8, "hidden": (16,)}
+SMALL = {"num_envs": 16, "num_steps": 32, "num_minibatches": 8, "hidden": (16,)}
+SMALL |= {"cell": "linear", "z_size": 8}
 
 
 def record(config, env, kernel, carry, key):
@@ -93,7 +94,9 @@ def test_statistics_from_nothing_would_be_a_jump():
 
 @pytest.mark.slow
 def test_statistics_move_reinforce_by_less_than_its_updates_do():
-    config = reinforce.Config(env="TMaze-memory", env_params={"length": 5}, num_envs=32, z_size=8)
+    config = reinforce.Config(
+        env="TMaze-memory", env_params={"length": 5}, num_envs=32, cell="linear", z_size=8
+    )
     env = options.make_env(config)
 
     def train(key):

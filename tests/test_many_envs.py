@@ -14,7 +14,8 @@ from scripts.benchmarks import curves, gpu
 ppo = curves.ppo
 TINY = ppo.Config(
     env="RepeatFirst-memory", observe="all", env_params={"delay": 0.0}, total_steps=48, num_envs=6,
-    num_steps=4, num_minibatches=2, num_epochs=1, z_size=2, hidden=(3,), eval_episodes=2,
+    num_steps=4, num_minibatches=2, num_epochs=1, cell="linear", z_size=2, hidden=(3,),
+    eval_episodes=2,
 )  # fmt: skip
 
 

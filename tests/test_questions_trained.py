@@ -24,7 +24,8 @@ SPEC = Spec(obs_size=2, critic_size=2, num_actions=3, discrete=True)
 CONFIG = PolicyConfig(cell="linear", z_size=3, hidden=(4,))
 TINY = {
     "num_seeds": 2, "num_envs": 2, "num_steps": 24, "num_epochs": 1, "num_minibatches": 2,
-    "total_steps": 96, "z_size": 4, "hidden": (4,), "checkpoints": 1, "eval_episodes": 2,
+    "total_steps": 96, "cell": "linear", "z_size": 4, "hidden": (4,), "checkpoints": 1,
+    "eval_episodes": 2,
 }  # fmt: skip
 LOC, STD = jnp.array([0.3, -0.1, 0.2]), jnp.array([0.2, 0.5, 0.3])
 

@@ -24,7 +24,8 @@ from spg.worlds.problems import heaven_hell
 
 ROOT = Path(__file__).parents[1]
 slow = partial(pytest.param, marks=pytest.mark.slow)
-SMALL = {"num_envs": 4, "num_seeds": 2, "z_size": 4, "eval_episodes": 2, "hidden": (8,)}
+SMALL = {"num_envs": 4, "num_seeds": 2, "eval_episodes": 2, "hidden": (8,)}
+SMALL |= {"cell": "linear", "z_size": 4}
 PPO = ppo.Config(
     num_steps=8, num_minibatches=2, num_epochs=2, total_steps=64, checkpoints=1, **SMALL
 )

@@ -32,8 +32,9 @@ def leave(out, config, kernel):
 @pytest.fixture
 def tmaze(tmp_path):
     config = reinforce.Config(
-        env="TMaze-memory", env_params={"length": 3.0}, num_seeds=2, seed=5, hidden=(2,), z_size=2
-    )
+        env="TMaze-memory", env_params={"length": 3.0}, num_seeds=2, seed=5, hidden=(2,),
+        cell="linear", z_size=2,
+    )  # fmt: skip
     env = spg.envs.make("TMaze-memory", length=3)
     return leave(tmp_path, config, lambda key: spg.make_kernel(config, env.spec, key=key))
 

@@ -30,8 +30,8 @@ LSIQ = lsiq.Config(
     updates_per_step=0.5, **PENDULUM, **RUN,
 )  # fmt: skip
 CLONE = clone.Config(
-    env_params=PENDULUM["env_params"], hidden=(4,), z_size=4, num_updates=2, num_gradients=2,
-    batch_episodes=2, score_episodes=2, **RUN,
+    env_params=PENDULUM["env_params"], hidden=(4,), cell="linear", z_size=4, num_updates=2,
+    num_gradients=2, batch_episodes=2, score_episodes=2, **RUN,
 )  # fmt: skip
 BPTT: dict[str, Any] = {"memory": "bptt", "segment_length": 2}
 

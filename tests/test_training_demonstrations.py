@@ -22,6 +22,7 @@ PENDULUM: dict[str, Any] = {
     "env_params": {"max_steps_in_episode": 4},
     "num_envs": 2,
     "hidden": (4,),
+    "cell": "linear",
     "z_size": 4,
 }
 CONFIG = gail.Config(**PENDULUM)
@@ -65,7 +66,9 @@ def test_a_file_holds_what_was_saved_also_when_it_is_mapped(tmp_path, monkeypatc
 
 def test_steps_are_linked_within_episodes():
     found = make()
-    kernel = spg.make_kernel(PolicyConfig(z_size=4, hidden=(4,)), SPEC, key=jr.key(0))
+    kernel = spg.make_kernel(
+        PolicyConfig(cell="linear", z_size=4, hidden=(4,)), SPEC, key=jr.key(0)
+    )
     steps = found.steps(kernel, oracle=False, privileged=True)
     assert steps.first.tolist() == [True, False, False, False] * 3
     after = steps.final_obs.critic
