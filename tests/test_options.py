@@ -211,7 +211,7 @@ def test_a_command_line_is_refused_in_one_line(
         (
             ppo,
             "--leak 0.2",
-            ["leak 0.2 has no effect: memory is s2pg, not filter; cell is linear, not leaky"],
+            ["leak 0.2 has no effect: memory is s2pg, not filter; cell is hybrid, not leaky"],
         ),
         (ppo, "--backend mjx", ["backend mjx has no effect: env is CartPole-v1, not brax/*"]),
         (ppo, "--backend mjx --env brax/ant", []),

@@ -14,8 +14,9 @@ import walk
 from jax.experimental.compilation_cache import compilation_cache
 from test_scripts import PPO, REINFORCE, TRPO
 from test_scripts_off_policy import SAC, TD3
+from test_scripts_slac import SLAC
 
-from scripts import gamp, gpomdp, ppo, reinforce, sac, td3, trpo
+from scripts import gamp, gpomdp, ppo, reinforce, sac, slac, td3, trpo
 from spg import limits
 from spg.training import cli
 
@@ -72,7 +73,7 @@ GPOMDP = gpomdp.Config(
     ("script", "config"),
     [
         slow(ppo, replace(PPO, env="Pendulum-v1")), slow(trpo, TRPO), slow(reinforce, REINFORCE),
-        slow(sac, SAC), slow(td3, TD3), slow(gpomdp, GPOMDP),
+        slow(sac, SAC), slow(td3, TD3), slow(slac, SLAC), slow(gpomdp, GPOMDP),
         slow(gamp, replace(GAMP, optimiser="adam")),
     ],
 )  # fmt: skip

@@ -9,8 +9,8 @@ from spg.training import cli, records
 from spg.training.records import RunError
 
 SMALL = [
-    "--num-envs=4", "--num-steps=8", "--num-minibatches=2", "--num-epochs=1", "--z-size=4",
-    "--num-seeds=2", "--eval-episodes=1", "--env=MemoryChain-bsuite", "--observe=all",
+    "--num-envs=4", "--num-steps=8", "--num-minibatches=2", "--num-epochs=1", "--cell=linear",
+    "--z-size=4", "--num-seeds=2", "--eval-episodes=1", "--env=MemoryChain-bsuite", "--observe=all",
 ]  # fmt: skip
 
 

@@ -12,9 +12,10 @@ import pytest
 import walk
 from test_scripts import CHAIN, PPO, REINFORCE, TRPO
 from test_scripts_off_policy import SAC, TD3
+from test_scripts_slac import SLAC
 from test_training_loop import assert_same_run
 
-from scripts import ppo, reinforce, sac, sweep, td3, trpo
+from scripts import ppo, reinforce, sac, slac, sweep, td3, trpo
 from spg.training import cli, grids, options, summaries
 from spg.training.metrics import read_metrics
 from spg.training.terminal import Interruption
@@ -91,6 +92,7 @@ def test_a_sweep_that_was_cut_short_goes_on_to_the_same_bits(tmp_path):
         slow(reinforce, REINFORCE, ("learning-rate 1e-3 1e-2", "gamma 0.9 1")),
         slow(sac, SAC, ("gamma 0.9 0.99", "temperature 0.01 0.1")),
         slow(td3, TD3, ("gamma 0.9 0.99", "target-noise 0 0.3")),
+        slow(slac, SLAC, ("gamma 0.9 0.99", "model-learning-rate 1e-4 1e-3")),
     ],
 )
 def test_a_vmapped_point_is_what_it_is_alone(script, config, words, tmp_path):

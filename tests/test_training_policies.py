@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ class Config(options.EnvConfig, PolicyConfig, options.RunConfig):
     env: str = "ringworld-pomdp"
     observe: str = "all"
     previous_action: bool = True
+    cell: Any = "linear"
     z_size: int = 4
     hidden: tuple[int, ...] = (3, 5)
     num_seeds: int = 2

@@ -159,8 +159,8 @@ def test_seeds_are_shared_out_to_devices(tmp_path, start):
 
 PPO = (
     str(ROOT / "scripts" / "ppo.py"), "--num-seeds=2", "--num-envs=2", "--num-steps=8",
-    "--num-minibatches=2", "--num-epochs=1", "--z-size=4", "--hidden=4", "--eval-episodes=1",
-    "--env=MemoryChain-bsuite", "--observe=all", "--total-steps=96",
+    "--num-minibatches=2", "--num-epochs=1", "--cell=linear", "--z-size=4", "--hidden=4",
+    "--eval-episodes=1", "--env=MemoryChain-bsuite", "--observe=all", "--total-steps=96",
 )  # fmt: skip
 
 
