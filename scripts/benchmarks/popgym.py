@@ -61,7 +61,7 @@ class Config:
 
     tasks: tuple[str, ...] = (*(f"{n}Easy" for n in EASY), *(f"{n}Medium" for n in MEDIUM))
     """by name and size"""
-    methods: tuple[str, ...] = ("S2PG", "BPTT", "none")
+    methods: tuple[str, ...] = ("S2PG", "BPTT linear", "none")
     """kinds of memory; BPTT GRU and more of curves.py are there, too"""
     num_seeds: Count = 3
     """of each training"""
