@@ -31,6 +31,7 @@ POLICIES = {
     **{f"s2pg, {cell}": {"cell": cell} for cell in ("linear", "lru", "gated", "leaky")},
     "s2pg, two layers": {"cell": "lru", "num_layers": 2},
     "s2pg, delta": {"cell": "delta", "num_heads": 1},
+    "s2pg, hybrid": {"cell": "hybrid", "num_heads": 1, "key_size": 2},
     "bptt": {"memory": "bptt"},
     "bptt, leaky": {"memory": "bptt", "cell": "leaky"},
     **{m: {"memory": m} for m in ("window", "kstep", "none", "oracle")},
@@ -42,7 +43,7 @@ def policy(words):
     """Zeros in the place of weights, which need not be drawn."""
     discrete = words.get("discrete", True)
     words = {k: v for k, v in words.items() if k != "discrete"}
-    config = PolicyConfig(z_size=4, window=2, hidden=(3,), **words)
+    config = PolicyConfig(z_size=4, window=2, hidden=(3,), **{"cell": "linear"} | words)
     spec = SPEC._replace(discrete=discrete)
     shapes = jax.eval_shape(lambda key: make_kernel(config, spec, key=key), jr.key(0))
     return jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), shapes)

@@ -130,7 +130,7 @@ def test_errors():
     build = lambda **words: make_kernel(
         PolicyConfig(cell="oscillator", **words), spec, key=jr.key(0)
     )
-    with pytest.raises(ValueError, match=r"z_size is 32 .* z_size 3 is one for each action"):
+    with pytest.raises(ValueError, match=r"z_size is 64 .* z_size 3 is one for each action"):
         build()
     with pytest.raises(ValueError, match="num_layers 2; oscillators"):
         build(z_size=6, num_layers=2)
