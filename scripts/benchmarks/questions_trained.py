@@ -46,8 +46,8 @@ class Row(NamedTuple):
 
 def on(name: str, arms: dict[str, Callable[..., Any]], **changes: Any) -> list[Training]:
     """S2PG on one task, once with each of the policies; with linear units, which are fast."""
-    cell = {"cell": "linear", "z_size": 32, "total_steps": STEPS[name]}
-    config = replace(task(name)[0], memory="s2pg", **cell | changes)  # type: ignore[arg-type]
+    own = {"memory": "s2pg", "cell": "linear", "z_size": 32, "total_steps": STEPS[name]}
+    config = replace(task(name)[0], **own | changes)  # type: ignore[arg-type]
     return [Training(TITLES[name], arm, config, policy) for arm, policy in arms.items()]
 
 
