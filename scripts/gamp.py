@@ -190,7 +190,10 @@ def make(config: Config) -> loop.Algorithm:
     size = len(problem.pomdp.start) * config.num_z
     options.check_controller(config, problem, basis=20 + 3 * size * direct)
     if not 1 <= len(config.costs) <= config.num_updates:
-        raise ValueError(f"{len(config.costs)} costs for {config.num_updates} gradients")
+        raise ValueError(
+            f"costs has {len(config.costs)} numbers; {config.num_updates} gradients are shared by "
+            f"1 to {config.num_updates}, and `--costs 1` is the problem itself"
+        )
     return cli.of_controllers(
         problem,
         f"GAMP, {config.num_z} I-states, out-degree {config.out_degree}",

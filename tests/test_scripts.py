@@ -224,7 +224,7 @@ def test_gpomdp_runs(estimator, optimiser, baseline, tmp_path):
         (gamp, {"bound": -1.0}, "bound is -1.0"),
         (gamp, {"start_std": -1.0}, "start_std is -1.0"),
         (gamp, {"start_hold": 1.0, "out_degree": 1}, "start_hold with out_degree 1"),
-        (gamp, {"costs": ()}, "0 costs for 600 gradients"),
+        (gamp, {"costs": ()}, "costs has 0 numbers; 600 gradients are shared by 1 to 600"),
         (gpomdp, {"beta": 1.0}, "beta is 1.0"),
         (gpomdp, {"gae_lambda": 2.0}, "gae_lambda is 2.0"),
         (gpomdp, {"gae_lambda": 0.5, "baseline": "none"}, "gae_lambda 0.5 needs --baseline"),
