@@ -39,6 +39,13 @@ class Config(OnPolicyConfig):
 
     clip: Annotated[float, Range(0, 10, open="low", usual="0.1 to 0.3 is usual")] = 0.2
     """ε: the ratios of new to old probabilities count within 1 - ε and 1 + ε"""
+    kl_coef: Annotated[
+        float,
+        Range(0, 1000, usual="0.01 to 1 is usual"),
+        Needs(memory="s2pg", memory_gradient="mixed"),
+    ] = 0.1
+    """weight of the KL divergence of z' from what drew it, which brings z' back where the ratio has
+    left the clip (memory-gradient mixed)"""
     noise_fall: Annotated[float, Range(1, 1000, usual="1 to 10 is usual"), Needs(memory="s2pg")] = (
         5.0
     )
@@ -77,9 +84,8 @@ def learn(
 def loss(config: Config, agent: Agent, batch: Any) -> tuple[Array, dict[str, Array]]:
     """Of policy and critic on one minibatch of segments."""
     segments, old, advantage, target = batch
-    surrogate, new = on_policy.surrogate(
-        config, agent.kernel, segments, old, advantage, clip=config.clip
-    )
+    limits = {"clip": config.clip, "kl_coef": config.kl_coef}
+    surrogate, new = on_policy.surrogate(config, agent.kernel, segments, old, advantage, **limits)
     value_loss = on_policy.value_loss(agent.critic, segments, target)
     policy_loss = -jnp.mean(surrogate.objective)
     entropy = jnp.mean(new.entropy)

@@ -26,9 +26,10 @@ NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(40)
 DELTA, REST = np.random.default_rng(0).normal(size=(2, 12))
 
 
-def objective(kernel, steps, old, clip):
+def objective(kernel, steps, old, clip, kl_coef=0.3):
     state = kernel.state_distribution(steps)
-    return mixed_surrogate(steps, kernel.log_prob(steps, state), state, old, clip=clip)
+    new = kernel.log_prob(steps, state)
+    return mixed_surrogate(steps, new, state, old, clip=clip, kl_coef=kl_coef)
 
 
 def make_critic(kernel, obs_size=2):
@@ -113,7 +114,7 @@ def worse(log_ratio, advantage, clip):
     return min(ratio * advantage, float(np.clip(ratio, 1 - clip, 1 + clip)) * advantage)
 
 
-def slow_objective(kernel, old, step, slope, delta, rest, clip):
+def slow_objective(kernel, old, step, slope, delta, rest, clip, kl_coef=0.3):
     """Of one step, entry by entry, as the docstring says."""
     before, now = old.cell(step.obs, step.z), kernel.cell(step.obs, step.z)
     followed = now.loc + now.std * (step.z_next - before.loc) / before.std
@@ -126,6 +127,8 @@ def slow_objective(kernel, old, step, slope, delta, rest, clip):
         move, bound = float(part(followed[i] - step.z_next[i])), clip * float(before.std[i])
         along = float(part(slope[i]))
         total += min(along * move, along * float(np.clip(move, -bound, bound)))
+        wider, apart = now.std[i] / before.std[i], part(now.loc[i] - before.loc[i]) / now.std[i]
+        total -= kl_coef * (np.log(wider) + (wider**-2 + apart**2 - 1) / 2)
     return total
 
 
@@ -153,6 +156,28 @@ def test_away_from_the_recorded_policy_moves_are_clipped(name, clip):
     assert np.allclose(out.objective, truth, rtol=1e-9)
     assert out.clipped.any()
     assert name == "lru" or not out.clipped.all()
+
+
+def test_what_was_moved_far_is_brought_back_by_the_divergence():
+    """There the joint ratio is 0, and its gradient too; at the recorded policy nothing changes."""
+    old = make_kernel("linear", jr.key(0), state_std=STD)
+    unit = lambda kernel: kernel.cell.distribution.location
+    bias = lambda kernel: unit(kernel).inputs.bias
+    far = eqx.tree_at(bias, old, bias(old) + 20.0)
+    critic, steps = make_critic(old), make_trajectory(old, jr.key(1))
+
+    @eqx.filter_jit
+    def gradient(kernel, kl_coef, rest):
+        terms = mixed_terms(old, critic, steps, 0 * rest, rest, gamma=GAMMA)
+        whole = lambda kernel: objective(kernel, steps, terms, 0.2, kl_coef).objective.sum()
+        return bias(eqx.filter_grad(whole)(kernel))
+
+    rest = jnp.asarray(REST)
+    assert jnp.allclose(gradient(far, 0.0, rest), gradient(far, 0.0, 0 * rest), atol=1e-12)
+    pull = -0.1 * len(rest) * 20.0 * (unit(old).write / STD) ** 2
+    assert jnp.allclose(gradient(far, 0.1, rest) - gradient(far, 0.0, rest), pull, rtol=1e-6)
+    assert jnp.allclose(gradient(old, 0.1, rest), gradient(old, 0.0, rest), atol=1e-9)
+    assert largest_difference(gradient(old, 0.1, rest), gradient(old, 0.1, 0 * rest)) > 1e-2
 
 
 def test_a_state_that_cannot_follow_is_refused():

@@ -19,8 +19,7 @@ class MixedTerms(NamedTuple):
     """What `mixed_surrogate` keeps of the policy that drew the steps, and of what came of them."""
 
     log_prob: LogProb  # [T]
-    noise: Inexact[Array, "*T n"]  # ε of z' = loc + std ε
-    std: Float[Array, "*T n"]
+    state: Normal  # what z' was drawn from, [T]
     delta: Float[Array, "*T"]  # δ_t of `mixed_surrogate`
     rest: Float[Array, "*T"]  # A_t - δ_t
     slope: Inexact[Array, "*T n"]  # ∂/∂z' of δ_t log μ(a | o, z') + γ V(o', z')
@@ -49,8 +48,7 @@ def mixed_terms(
         return (delta * action + gamma * ~steps.terminated * value).sum()
 
     slope = jnp.conj(jax.grad(brought)(steps.z_next))
-    noise = over_steps(Normal.noise)(state, steps.z_next)
-    return MixedTerms(kernel.log_prob(steps, state), noise, state.std, delta, rest, slope)
+    return MixedTerms(kernel.log_prob(steps, state), state, delta, rest, slope)
 
 
 def follows(state: Distribution) -> TypeGuard[Normal]:
@@ -59,7 +57,13 @@ def follows(state: Distribution) -> TypeGuard[Normal]:
 
 
 def mixed_surrogate(
-    steps: Transition, new: LogProb, state: Normal, old: MixedTerms, *, clip: Scalar
+    steps: Transition,
+    new: LogProb,
+    state: Normal,
+    old: MixedTerms,
+    *,
+    clip: Scalar,
+    kl_coef: Scalar = 0.0,
 ) -> Surrogate:
     """A surrogate of S2PG in which V tells where z' should have gone (ours, L = 1).
 
@@ -80,13 +84,18 @@ def mixed_surrogate(
 
     Later minibatches: the ratio of μ for δ_t and the joint ratio for the rest are clipped as in
     `ppo_surrogate`, both with z' as recorded, and δ_t log μ + γ V is a straight line along which an
-    entry of z' moves by at most `clip` of its old standard deviation.
+    entry of z' moves by at most `clip` of its old standard deviation. Where an update has moved z'
+    far from what drew it, the joint ratio is near 0 and its surrogate flat, whatever A is: it does
+    not bring z' back. `kl_coef` KL(ω_old ‖ ω) of each step is taken off to do so (Schulman et al.,
+    2017, eq. 8, take off that of the policy); its gradient at the first minibatch is 0.
     """
     flat = over_steps(Flat())
     slope = flat(old.slope)
-    moved = flat(over_steps(Normal.at)(state, old.noise) - steps.z_next)
+    noise = over_steps(Normal.noise)(old.state, steps.z_next)
+    moved = flat(over_steps(Normal.at)(state, noise) - steps.z_next)
     # the lesser of the line where z' is and where it is at most `clip` away
-    path = jnp.minimum(slope * moved, clip * jnp.abs(flat(old.slope * old.std))).sum(-1)
+    path = jnp.minimum(slope * moved, clip * jnp.abs(flat(old.slope * old.state.std))).sum(-1)
+    path -= kl_coef * over_steps(Normal.kl)(old.state, state)
     at_once = new.action - old.log_prob.action
     score = ppo_surrogate(new, old.log_prob, old.rest, clip=clip)
     return score._replace(

@@ -198,15 +198,17 @@ def surrogate(
     advantage: Float[Array, "S L"],
     *,
     clip: Scalar,
+    kl_coef: Scalar = 0.0,
 ) -> tuple[Surrogate, LogProb]:
     """That of the policy's gradient that `config` names, and the scores it is made of.
 
-    The arguments are as `weigh` has them.
+    The arguments are as `weigh` has them; `kl_coef` is of `mixed_surrogate` alone.
     """
     if config.mixed:
         memory: Any = jax.vmap(kernel.state_distribution)(segments)
         new = jax.vmap(kernel.log_prob)(segments, memory)
-        return jax.vmap(partial(mixed_surrogate, clip=clip))(segments, new, memory, old), new
+        mixed = jax.vmap(partial(mixed_surrogate, clip=clip, kl_coef=kl_coef))
+        return mixed(segments, new, memory, old), new
     new = jax.vmap(kernel.log_prob)(segments)
     return ppo_surrogate(new, old, advantage, clip=clip), new
 
