@@ -50,7 +50,7 @@ from spg.worlds.models import Problem, dense
 EPISODES, LIMIT = 64, 200  # in an evaluation; steps of an episode of PPO
 POLICIES: dict[str, dict[str, Any]] = {
     "last action": {"memory": "none"},  # which all of these see beside the observation
-    "S2PG": {"cell": "linear", "z_size": 32, "noise_fall": 1.0},
+    "S2PG": {"cell": "linear", "z_size": 32, "noise_fall": 1.0, "kl_coef": 0.0},
     "belief": {"memory": "filter"},
 }
 COLUMNS = "method", "num_z", "seed"

@@ -54,7 +54,8 @@ def on(name: str, arms: dict[str, Callable[..., Any]], **changes: Any) -> list[T
 def _only_memory() -> list[Training]:
     parts = {"both": "nothing", "memory alone": "head", "actions alone": "cell"}
     arms = {arm: partial(kernels.frozen, part) for arm, part in parts.items()}
-    return on("memorychain", arms) + on("recall10", arms)
+    paths = {"kl_coef": 0.0}  # nothing but the gradients that are asked about
+    return on("memorychain", arms, **paths) + on("recall10", arms, **paths)
 
 
 def _start() -> list[Training]:
