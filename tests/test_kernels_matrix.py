@@ -25,6 +25,7 @@ from spg.kernels.matrix import (
     Retention,
     cut,
     matrix_shape,
+    outer,
     read,
 )
 from spg.kernels.stack import Stack
@@ -38,6 +39,21 @@ CELLS = UNITS | {"hybrid": Hybrid}
 sigmoid = lambda x: 1 / (1 + np.exp(-x))
 call = eqx.filter_jit(lambda unit, obs, z: unit(obs, z))
 unroll = eqx.filter_jit(lambda unit, *inputs: unit.unroll(*inputs))
+
+
+@pytest.mark.parametrize("size", [3, 9])
+@pytest.mark.parametrize("values", [2, 8])
+def test_small_and_large_matrices_are_written_read_and_cut_alike(size, values):
+    k, v, state = (
+        np.random.default_rng(0).normal(size=(HEADS, *shape))
+        for shape in ((size,), (values,), (size, values))
+    )
+    k *= np.array([[0.5], [2.0]]) / np.linalg.norm(k, axis=1, keepdims=True)
+    truth = k * np.array([[1.0], [0.5]])
+    close = lambda x, y: jnp.allclose(x, y, rtol=1e-12)
+    assert close(outer(jnp.asarray(k), jnp.asarray(v)), np.einsum("hk,hv->hkv", k, v))
+    assert close(read(jnp.asarray(state), jnp.asarray(k)), np.einsum("hkv,hk->hv", state, k))
+    assert close(cut(jnp.asarray(k)), truth)
 
 
 @eqx.filter_jit

@@ -24,7 +24,7 @@ from spg.kernels.linear import Linear
 from spg.scans import Method, linear_scan, of_backend, over_steps
 
 Shape = tuple[int, int, int]  # H, d_k, d_v
-WIDE = 8  # d_v that fills the registers of a CPU; below it products are 3 times as fast as loops
+WIDE = 8  # entries that fill the registers of a CPU; fewer are 3 times as fast by products
 
 
 class MatrixUnit(Location):
@@ -113,7 +113,7 @@ class LinearAttention(MatrixUnit):
 
     def affine(self, obs: Float[Array, " o"]) -> tuple[Float[Array, " H"], Float[Array, "H K V"]]:
         log_decay, _, k, v = self.parts(obs)
-        return jnp.exp(log_decay), _outer(jnp.sqrt(-jnp.expm1(2 * log_decay))[:, None] * k, v)
+        return jnp.exp(log_decay), outer(jnp.sqrt(-jnp.expm1(2 * log_decay))[:, None] * k, v)
 
 
 class Retention(LinearAttention):
@@ -163,14 +163,14 @@ class DeltaRule(MatrixUnit):
     def affine(self, obs: Float[Array, " o"]) -> tuple[Array, Float[Array, "H K V"]]:
         log_decay, gate, k, v = self.parts(obs)
         write = jax.nn.sigmoid(gate)[:, None] * k
-        erase = jnp.eye(k.shape[1]) - _outer(write, k)
-        return jnp.exp(log_decay)[:, None, None] * erase, _outer(write, v)
+        erase = jnp.eye(k.shape[1]) - outer(write, k)
+        return jnp.exp(log_decay)[:, None, None] * erase, outer(write, v)
 
     def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Float[Array, " n"]:
         log_decay, gate, k, v = self.parts(obs)
         state = jnp.exp(log_decay)[:, None, None] * z.reshape(self.shape)
         error = v - read(state, k)
-        return (state + _outer(jax.nn.sigmoid(gate)[:, None] * k, error)).reshape(-1)
+        return (state + outer(jax.nn.sigmoid(gate)[:, None] * k, error)).reshape(-1)
 
     def unroll(
         self,
@@ -275,8 +275,13 @@ def matrix_shape(z_size: int, num_heads: int, key_size: int, *, share: int = 1) 
 
 def cut(x: Float[Array, "H K"]) -> Float[Array, "H K"]:
     """x / max(1, |x|) of each row."""
-    same = np.kron(np.eye(len(x)), np.ones((x.shape[1], x.shape[1])))
-    return x * lax.rsqrt(jnp.maximum(1.0, _dot((x**2).ravel(), same))).reshape(x.shape)
+    heads, size = x.shape
+    if size >= WIDE:
+        square = jnp.sum(x**2, -1, keepdims=True)
+    else:
+        same = np.kron(np.eye(heads), np.ones((size, size)))
+        square = _dot((x**2).ravel(), same).reshape(x.shape)
+    return x * lax.rsqrt(jnp.maximum(1.0, square))
 
 
 def read(state: Float[Array, "H K V"], key: Float[Array, "H K"]) -> Float[Array, "H V"]:
@@ -288,7 +293,8 @@ def read(state: Float[Array, "H K V"], key: Float[Array, "H K"]) -> Float[Array,
     return _dot(_dot(key, of_key) * state.reshape(heads, -1), of_value.T)
 
 
-def _outer(k: Float[Array, "H K"], v: Float[Array, "H V"]) -> Float[Array, "H K V"]:
+def outer(k: Float[Array, "H K"], v: Float[Array, "H V"]) -> Float[Array, "H K V"]:
+    """k vᵀ of each head."""
     (heads, size), values = k.shape, v.shape[1]
     if values >= WIDE:
         return k[:, :, None] * v[:, None]
