@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -30,6 +32,16 @@ def test_the_original_is_timed_beside_ours(tmp_path, capsys):
     assert "HigherLowerEasy" in capsys.readouterr().out
     with pytest.raises(RunError, match="holds a run"):
         popgym_speed.main(config(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_command_finds_the_original_beside_the_script_of_its_name(tmp_path):
+    pytest.importorskip("popgym.core.maze")
+    out, sizes = f"--out={tmp_path / 'run'}", ["--num-envs=1", "--num-steps=2", "--repeats=1"]
+    command = [sys.executable, popgym_speed.__file__, out, "--tasks=HigherLower", *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "popgym_speed.csv").exists()
 
 
 def test_ratios_are_taken_within_repeats(tmp_path):

@@ -155,4 +155,6 @@ def main(config: Config) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    here = Path(__file__).resolve().parent  # its popgym.py would hide the original
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
     cli.once(Config, main)
