@@ -122,7 +122,9 @@ def test_every_solver_finds_the_law_and_the_differential_values(name):
     assert largest_difference(gradient, dense_gradient(kernel, pomdp)) < 1e-10
 
 
-def test_the_two_applications_of_the_chain_are_transposes():
+@pytest.mark.parametrize("block", [gamp.BLOCK, 5, 4, 2, 1])
+def test_the_two_applications_of_the_chain_are_transposes(block, monkeypatch):
+    monkeypatch.setattr(gamp, "BLOCK", block)
     pomdp = sparse(random_world())
     kernel = sparse_kernel(3, 3)
     table = tables(kernel, jnp.arange(3))
@@ -132,6 +134,17 @@ def test_the_two_applications_of_the_chain_are_transposes():
     assert np.allclose(jnp.vdot(d, pull(x)), jnp.vdot(gamp._push(table, pomdp, d), x), rtol=1e-12)
     chain = enumeration.joint_chain(kernel, dense(pomdp))
     assert np.allclose(pull(x), jnp.einsum("sgth,th->sg", chain, x), rtol=1e-12)
+
+
+def test_blocks_of_states_change_nothing(monkeypatch):
+    pomdp, kernel = sparse(random_world()), sparse_kernel(3, 3)
+    for world in (pomdp, dense(pomdp)):
+        monkeypatch.setattr(gamp, "BLOCK", 1024)
+        whole, solution = eqx.filter_jit(partial(gamp_gradient))(kernel, world)
+        monkeypatch.setattr(gamp, "BLOCK", 2)
+        blocked, again = eqx.filter_jit(partial(gamp_gradient))(kernel, world)
+        assert largest_difference(whole, blocked) < 1e-12
+        assert np.isclose(solution.average_reward, again.average_reward, rtol=1e-13)
 
 
 def test_load_unload_at_zero_logits():

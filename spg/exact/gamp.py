@@ -1,17 +1,19 @@
 """GAMP: the exact gradient of the long-run average reward of a finite-state controller.
 
 Aberdeen & Baxter (2002). The joint chain K on (s, g) is applied, never formed: a step of either
-iteration costs as many multiplications as the world and the controller have non-zeros.
+iteration costs as many multiplications as the world and the controller have non-zeros. It takes a
+block of states at a time, so that what it makes of them stays in the cache, and takes no memory.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import lu_factor, lu_solve
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from spg.exact.checks import check
 from spg.exact.enumeration import joint_chain, joint_policy
@@ -29,6 +31,8 @@ from spg.kernels.finite import Tables, start_distribution, tables, transitions
 from spg.kernels.kernel import Kernel
 from spg.types import Scalar
 from spg.worlds.models import POMDP, DensePOMDP
+
+BLOCK = 1024  # states
 
 
 class LongRun(NamedTuple):
@@ -194,12 +198,21 @@ def _evaluate(table: Tables, pomdp: POMDP, x: Vector) -> Vector:
 
     Q(s,h,a) = Σ P [r + x],  V(s,h,o) = Σ_a μ Q,  (r + Kx)(s,g) = Σ_o O(o|s) Σ_h ω(h|g,o) V(s,h,o)
     """
-    obs, emission = pomdp.emissions()
-    q = pomdp.mean_reward()[:, :, None] + pomdp.expect(x)
-    v = jnp.einsum("smga,sag->smg", table.mu[obs], q)
-    omega, successors = table.omega[obs], table.successors[obs]  # [S, M, G, K]
-    v = jnp.take_along_axis(v[:, :, None], successors, -1)
-    return jnp.einsum("sm,smgk,smgk->sg", emission, omega, v)
+
+    def of(some: POMDP) -> Float[Array, "B G"]:
+        obs, emission = some.emissions()
+        q = some.mean_reward()[:, :, None] + some.expect(x)
+        v = jnp.einsum("smga,sag->smg", table.mu[obs], q)
+        omega, successors = table.omega[obs], table.successors[obs]  # [S, M, G, K]
+        v = jnp.take_along_axis(v[:, :, None], successors, -1)
+        return jnp.einsum("sm,smgk,smgk->sg", emission, omega, v)
+
+    if len(x) <= BLOCK:
+        return of(pomdp)
+    firsts, block = _blocks(pomdp)
+    found = lax.map(jax.checkpoint(lambda first: of(block(first))), firsts)
+    whole, last = found[:-1].reshape(-1, x.shape[1]), found[-1]
+    return jnp.concatenate([whole, last[len(whole) - len(x) :]])
 
 
 def _push(table: Tables, pomdp: POMDP, d: Vector) -> Vector:
@@ -207,6 +220,30 @@ def _push(table: Tables, pomdp: POMDP, d: Vector) -> Vector:
 
     W(s,o,h) = O(o|s) Σ_g d ω(h|g,o),   (dK)(s',h) = Σ_{s,a} [Σ_o W μ(a|h,o)] P(s'|s,a)
     """
-    obs, emission = pomdp.emissions()
-    w = emission[..., None] * jnp.einsum("sg,smgh->smh", d, transitions(table)[obs])
-    return pomdp.push(jnp.einsum("smh,smha->sah", w, table.mu[obs]))
+
+    def add(onto: Vector, some: POMDP, d: Float[Array, "B G"]) -> Vector:
+        obs, emission = some.emissions()
+        w = emission[..., None] * jnp.einsum("sg,smgh->smh", d, transitions(table)[obs])
+        return some.push(jnp.einsum("smh,smha->sah", w, table.mu[obs]), onto)
+
+    if len(d) <= BLOCK:
+        return add(jnp.zeros_like(d), pomdp, d)
+    firsts, block = _blocks((pomdp, d))
+
+    def step(onto, i):
+        some, mass = block(firsts[i])
+        new = firsts[i] + jnp.arange(BLOCK) >= i * BLOCK  # not in the block before
+        return add(onto, some, jnp.where(new[:, None], mass, 0)), None
+
+    return lax.scan(step, jnp.zeros_like(d), jnp.arange(len(firsts)))[0]
+
+
+def _blocks(rows: PyTree) -> tuple[Int[Array, " B"], Callable[[Array], PyTree]]:
+    """Where blocks of `BLOCK` rows begin, and the block that begins at a row.
+
+    The last one begins early enough to be whole.
+    """
+    size = len(jax.tree.leaves(rows)[0])
+    take = lambda first: lambda x: lax.dynamic_slice_in_dim(x, first, BLOCK)
+    firsts = jnp.minimum(jnp.arange(0, size, BLOCK), size - BLOCK)
+    return firsts, lambda first: jax.tree.map(take(first), rows)

@@ -36,13 +36,16 @@ class DensePOMDP(NamedTuple):
         """E[r | s, a]."""
         return self.reward
 
-    def expect(self, x: Float[Array, "S G"]) -> Float[Array, "S A G"]:
+    def expect(self, x: Float[Array, "T G"]) -> Float[Array, "S A G"]:
         """Σ_{s'} P(s' | s, a) x(s', ·)."""
         return jnp.einsum("sat,tg->sag", self.transition, x)
 
-    def push(self, w: Float[Array, "S A G"]) -> Float[Array, "S G"]:
-        """Σ_{s,a} w(s, a, ·) P(s' | s, a), the transpose of `expect`."""
-        return jnp.einsum("sat,sag->tg", self.transition, w)
+    def push(
+        self, w: Float[Array, "S A G"], onto: Float[Array, "T G"] | None = None
+    ) -> Float[Array, "T G"]:
+        """Σ_{s,a} w(s, a, ·) P(s' | s, a), the transpose of `expect`, added to what is given."""
+        pushed = jnp.einsum("sat,sag->tg", self.transition, w)
+        return pushed if onto is None else onto + pushed
 
     def emissions(self) -> tuple[Int[Array, "S M"], Float[Array, "S M"]]:
         """The observations that each state may emit, and their probabilities."""
@@ -71,14 +74,18 @@ class SparsePOMDP(eqx.Module):
         """E[r | s, a]."""
         return jnp.sum(self.probability * self.reward, -1)
 
-    def expect(self, x: Float[Array, "S G"]) -> Float[Array, "S A G"]:
+    def expect(self, x: Float[Array, "T G"]) -> Float[Array, "S A G"]:
         """Σ_{s'} P(s' | s, a) x(s', ·)."""
         return jnp.einsum("san,sang->sag", self.probability, x[self.successor])
 
-    def push(self, w: Float[Array, "S A G"]) -> Float[Array, "S G"]:
-        """Σ_{s,a} w(s, a, ·) P(s' | s, a), the transpose of `expect`."""
+    def push(
+        self, w: Float[Array, "S A G"], onto: Float[Array, "T G"] | None = None
+    ) -> Float[Array, "T G"]:
+        """Σ_{s,a} w(s, a, ·) P(s' | s, a), the transpose of `expect`, added to what is given."""
         flow = self.probability[..., None] * w[:, :, None]
-        return jnp.zeros((len(self.start), w.shape[-1]), flow.dtype).at[self.successor].add(flow)
+        if onto is None:
+            onto = jnp.zeros((len(self.start), w.shape[-1]), flow.dtype)
+        return onto.at[self.successor].add(flow)
 
     def emissions(self) -> tuple[Int[Array, "S M"], Float[Array, "S M"]]:
         """The observations that each state may emit, and their probabilities."""
