@@ -134,6 +134,17 @@ def test_slopes_of_the_discriminator_are_those_in_standardised_states():
     np.testing.assert_allclose(found, want, rtol=1e-4)
 
 
+def test_learning_rates_fall_linearly():
+    """After n of N gradient steps 1 - (1 - final) n / N of each is left."""
+    config = replace(LSIQ, final_rate=0.2, total_steps=16)  # 2 updates of 2 gradient steps
+    state = jax.jit(partial(lsiq.init, config, env := options.make_env(config), expert=make()))
+    learned = jax.jit(partial(lsiq.step, config, env))(state(jr.key(0)))[0].learned
+    for opt_state in learned.opt_states:
+        slower = lsiq.slower(config, opt_state)
+        for name in ("learning_rate", "actor_learning_rate", "state_learning_rate"):
+            assert np.isclose(vars(slower)[name], 0.6 * vars(config)[name])
+
+
 @pytest.mark.parametrize(
     ("script", "config", "words", "message"),
     [
