@@ -51,7 +51,7 @@ class Config(ImitationConfig, sac.Config):
 
     env: str = "Pendulum-v1"
     observe: Literal["all", "positions", "velocities", "state", "nothing"] = "positions"
-    total_steps: Total = 60_000
+    total_steps: Total = 100_000
     """environment steps of each seed, after those of --learning-starts"""
     learning_starts: Count = 2_048
     """steps of each seed by the first policy: for the statistics, and again to fill the buffer"""
