@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -36,7 +37,7 @@ from spg.estimators.statistics import start_statistics
 from spg.kernels.critics import QCritic
 from spg.kernels.factory import make_kernel
 from spg.kernels.kernel import Kernel
-from spg.kernels.networks import Unseen
+from spg.kernels.networks import Identity, Unseen
 from spg.limits import Count, Fraction, NonNegative, Positive, Size
 from spg.rollout import Carry
 from spg.scans import join_segments
@@ -55,13 +56,16 @@ class Config(ImitationConfig, ppo.Config):
     env: str = "Pendulum-v1"
     privileged: bool = True
     """show critic and discriminator the full state"""
+    num_steps: Count = 200
+    """T, steps of each environment between updates: best whole episodes, so that the discriminator
+    sees as much of their beginnings as the expert shows"""
     gamma: Fraction = 0.95
     """discount"""
     loss: Literal["logistic", "least-squares"] = "logistic"
     """of the discriminator, which makes the reward too"""
     discriminator_hidden: tuple[Size, ...] = (64, 64)
     """widths of the hidden layers of the discriminator"""
-    discriminator_steps: Count = 3
+    discriminator_steps: Count = 10
     """gradient steps of the discriminator in an update, after those of the policy"""
     discriminator_batch: Count = 1000
     """steps of the expert in such a gradient, and as many of the policy"""
@@ -71,6 +75,8 @@ class Config(ImitationConfig, ppo.Config):
     """c_H, the weight of the entropy of what the discriminator thinks (logistic)"""
     soft_labels: bool = False
     """draw labels from U(.8, .99) and U(.01, .1) in place of 1 and 0"""
+    gradient_penalty: NonNegative = 1.0
+    """weight of half the squared slope of the discriminator in what it sees, at all these steps"""
 
 
 class Learned(NamedTuple):
@@ -150,7 +156,9 @@ def discriminate(
             each = imitation.logistic_loss(logit, soft, entropy_coef=config.discriminator_entropy)
         else:
             each = imitation.least_squares_loss(logit, soft)
-        return each.mean(), jnp.mean((logit > 0) == (label > 0))
+        slope = jnp.concatenate([slopes(spec, discriminator, x) for x in batches])
+        objective = each.mean() + config.gradient_penalty / 2 * slope.mean()
+        return objective, jnp.mean((logit > 0) == (label > 0))
 
     discriminator, opt_state, value, right = descend(config.discriminator_rate, loss, *state)
     metrics = {"discriminator_loss": value, "discriminator_accuracy": right}
@@ -158,10 +166,23 @@ def discriminate(
 
 
 def logits(spec: Spec, discriminator: QCritic, steps: Transition) -> Float[Array, " B"]:
-    """D(s, a) of steps `[B]`; a as the environment takes it, within [-1, 1] or one-hot."""
-    one_hot = partial(jax.nn.one_hot, num_classes=spec.num_actions)
-    action = one_hot(steps.action) if spec.discrete else jnp.clip(steps.action, -1.0, 1.0)
-    return jax.vmap(lambda obs, a: discriminator(obs, a, None)[0])(steps.obs, action)
+    """D(s, a) of steps `[B]`."""
+    return jax.vmap(lambda obs, a: discriminator(obs, a, None)[0])(steps.obs, taken(spec, steps))
+
+
+def slopes(spec: Spec, discriminator: QCritic, steps: Transition) -> Float[Array, " B"]:
+    """|∇D(s, a)|² of steps `[B]`, where s is standardised."""
+    seen = jax.vmap(discriminator.normalizer)(critic_view(steps.obs))
+    after = eqx.tree_at(lambda d: d.normalizer, discriminator, Identity())
+    logit = lambda obs, a: after(obs, a, None)[0]
+    return jax.vmap(partial(imitation.squared_slope, logit))(seen, taken(spec, steps))
+
+
+def taken(spec: Spec, steps: Transition) -> Float[Array, "B a"]:
+    """Actions of steps `[B]` as the environment takes them, within [-1, 1] or one-hot."""
+    if spec.discrete:
+        return jax.nn.one_hot(steps.action, spec.num_actions)
+    return jnp.clip(steps.action, -1.0, 1.0)
 
 
 def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop.Algorithm:

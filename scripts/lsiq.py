@@ -26,14 +26,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import optax
 import sac
 from jaxtyping import Array, PRNGKeyArray
 
 from spg.estimators.actor_critic import polyak
 from spg.estimators.imitation import lsiq_target
-from spg.kernels.factory import make_kernel
+from spg.kernels.factory import DRAWN, make_kernel
 from spg.kernels.kernel import Kernel
-from spg.limits import Count, Positive, Range, Total
+from spg.limits import Count, Fraction, Needs, NonNegative, Positive, Range, Total
 from spg.scans import join_segments
 from spg.training import cli, loop, replay
 from spg.training.demonstrations import Demonstrations
@@ -50,18 +51,26 @@ class Config(ImitationConfig, sac.Config):
 
     env: str = "Pendulum-v1"
     observe: Literal["all", "positions", "velocities", "state", "nothing"] = "positions"
-    total_steps: Total = 30_000
+    total_steps: Total = 100_000
     """environment steps of each seed, after those of --learning-starts"""
     learning_starts: Count = 2_048
     """steps of each seed by the first policy: for the statistics, and again to fill the buffer"""
     gamma: Annotated[float, Range(0, 1, open="high")] = 0.95
     """discount; values are within 1 / (c (1 - γ))"""
+    state_learning_rate: Annotated[NonNegative, Needs(memory=DRAWN)] = 3e-4
+    """of Adam, for the cell that places z', and its noise (s2pg, bptt)"""
+    temperature: Positive = 0.03
+    """τ_a, the weight of the entropy of actions, at the start"""
+    learn_temperature: bool = False
+    """keep the entropy of actions at --target-entropy"""
     target_entropy: Annotated[float, Range(-100, 0.69)] = -1.0
     """nats for each dimension of an action; 0.69 is that of uniform ones"""
     penalty: Positive = 0.5
     """c, the weight of the squares of implicit rewards, which are within ±1/c"""
     expert_target: Literal["fixed", "bootstrapped"] = "fixed"
     """what Q regresses on at the expert's steps: its largest value, or 1/c and what follows"""
+    final_rate: Fraction = 0.0
+    """the share of the learning rates that is left at the end; they fall linearly"""
 
 
 def init(
@@ -97,6 +106,7 @@ def gradient_step(
     *place_keys, policy_key, next_key = jr.split(key, 4)
     learned, ring = state
     assert learned.expert is not None
+    config = slower(config, learned.opt_states[1])
     rings = [ring, learned.expert]
     places = [
         replay.places(r, **config.sample, key=k) for r, k in zip(rings, place_keys, strict=True)
@@ -138,6 +148,15 @@ def gradient_step(
     opt_states = kernel_state, critic_state, temperature_state
     learned = sac.Learned(kernel, critic, slow, log_temperature, opt_states, rings[1])
     return (learned, rings[0]), metrics
+
+
+def slower(config: Config, opt_state: optax.OptState) -> Config:
+    """With the learning rates of the gradient step that comes next."""
+    count = optax.tree_utils.tree_get(opt_state, "count")
+    num_gradients = config.total_steps // config.rollout_size * config.num_gradients
+    share = 1 - (1 - config.final_rate) * count / num_gradients
+    rates = ("learning_rate", "actor_learning_rate", "state_learning_rate")
+    return replace(config, **{name: share * vars(config)[name] for name in rates})
 
 
 def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop.Algorithm:

@@ -96,6 +96,16 @@ def test_soft_labels_stay_in_their_ranges():
         assert high >= part.max() > high - 0.01 * (high - low)
 
 
+def test_the_squared_slope_is_that_of_finite_differences_in_all_inputs():
+    weight, (state, action) = jr.normal(jr.key(0), (3,)), jnp.split(jr.normal(jr.key(1), (3,)), [2])
+    discriminator = lambda s, a: jnp.sin(jnp.concatenate([s, a]) @ weight)
+    value = lambda x: discriminator(*jnp.split(x, [2]))
+    here, steps = jnp.concatenate([state, action]), 1e-5 * jnp.eye(3)
+    slope = [(value(here + step) - value(here - step)) / 2e-5 for step in steps]
+    found = imitation.squared_slope(discriminator, state, action)
+    assert np.isclose(found, np.sum(np.square(slope)), rtol=1e-8)
+
+
 C, GAMMA = 0.5, 0.99
 
 

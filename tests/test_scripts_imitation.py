@@ -120,6 +120,31 @@ def test_both_buffers_are_refreshed():
     assert_trees_close(kept(state.learned.expert.steps), kept(moved.learned.expert.steps))
 
 
+def test_slopes_of_the_discriminator_are_those_in_standardised_states():
+    env = options.make_env(GAIL)
+    state = jax.jit(partial(gail.init, GAIL, env, expert=make()))(jr.key(0))
+    discriminator, steps = state.learned.discriminator, state.world.expert
+    action = np.clip(steps.action, -1.0, 1.0)
+    logit = lambda obs, a: discriminator(obs, a, None)[0]
+    slope = jax.vmap(jax.grad(logit, (0, 1)))(steps.obs.critic, action)
+    deviation = np.sqrt(np.asarray(discriminator.normalizer.var))
+    want = np.sum((slope[0] * deviation) ** 2, 1) + np.sum(slope[1] ** 2, 1)
+    found = gail.slopes(env.spec, discriminator, steps)
+    assert want.min() > 0
+    np.testing.assert_allclose(found, want, rtol=1e-4)
+
+
+def test_learning_rates_fall_linearly():
+    """After n of N gradient steps 1 - (1 - final) n / N of each is left."""
+    config = replace(LSIQ, final_rate=0.2, total_steps=16)  # 2 updates of 2 gradient steps
+    state = jax.jit(partial(lsiq.init, config, env := options.make_env(config), expert=make()))
+    learned = jax.jit(partial(lsiq.step, config, env))(state(jr.key(0)))[0].learned
+    for opt_state in learned.opt_states:
+        slower = lsiq.slower(config, opt_state)
+        for name in ("learning_rate", "actor_learning_rate", "state_learning_rate"):
+            assert np.isclose(vars(slower)[name], 0.6 * vars(config)[name])
+
+
 @pytest.mark.parametrize(
     ("script", "config", "words", "message"),
     [

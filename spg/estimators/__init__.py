@@ -37,6 +37,7 @@ from spg.estimators.imitation import (
     q_bound,
     regularised_loss,
     soft_labels,
+    squared_slope,
 )
 from spg.estimators.latent import Elbo, Sequence, elbo, sequence
 from spg.estimators.mixed import MixedTerms, mixed_surrogate, mixed_terms
@@ -106,6 +107,7 @@ __all__ = [
     "smoothed_choice",
     "soft_labels",
     "soft_loss",
+    "squared_slope",
     "start_statistics",
     "temperature_loss",
     "trust_region_step",

@@ -4,6 +4,8 @@ Losses are of single steps and point downhill. Callers average them over as many
 as of the policy. No reward of the environment enters.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -51,6 +53,17 @@ def least_squares_loss(logit: Float[Array, "*B"], label: Float[Array, "*B"]) -> 
 def least_squares_reward(logit: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """max(0, 1 - (D - 1)² / 4), Peng et al. (2021)."""
     return jnp.maximum(0.0, 1 - 0.25 * (logit - 1) ** 2)
+
+
+def squared_slope(
+    discriminator: Callable[..., Scalar], *inputs: Float[Array, "..."]
+) -> Float[Array, ""]:
+    """|∇D|² in all its inputs, the penalty R1 and R2 of Mescheder et al. (2018).
+
+    Without it D and the policy go round each other, and where the expert never is D is steep.
+    """
+    slope = jax.grad(lambda x: discriminator(*x))(inputs)
+    return jnp.sum(jnp.stack([jnp.sum(x**2) for x in slope]))
 
 
 # LS-IQ: Q itself tells the reward, r_Q = Q(s, a, z') - γ V(s', z')
