@@ -1,17 +1,17 @@
 """What the best controller of each size earns in Pentagon: gradients, exchanges, and bounds.
 
-    python scripts/benchmarks/best_controller.py --sizes 4 --out runs/best-controller
+    python scripts/benchmarks/best_controller.py --sizes 4
 
 For each number of I-states, from each of some starts:
 
     gradients   natural gradients from zero logits on a random graph, costs in stages
-    exchanged   exchanges from what is most probable in that controller
-    random      exchanges from a random deterministic controller, costs in the same stages
-    both        natural gradients from the better of the two with every successor, then exchanges
+    exchanged   exchanges from what is most probable there
+    random      exchanges from a random controller, costs in the same stages
+    both        natural gradients from the better of the two, then exchanges
 
 and from the best of all starts exchanges again, with some rows drawn anew each time (`kicked`).
-`--bounds` finds what no policy exceeds, and what policies of belief earn. Rows are added to those
-of the directory.
+In `both` every I-state may follow. `--bounds` finds what no policy exceeds, and what one of beliefs
+earns.
 """
 
 import csv
@@ -57,11 +57,13 @@ class Config:
     num_updates: Count = 105
     """gradients of each training, shared by the stages"""
     num_kicks: Annotated[int, Range(0, 10**6, whole=True)] = 10
-    """searches from the best, with `redrawn` of its rows drawn anew"""
+    """searches from the best with some of its rows drawn anew"""
     redrawn: Count = 6
+    """how many rows, in the mean"""
     most: Count = 6
     """exchanges of each observation that a sweep looks at first, those of the largest slopes"""
     seed: Seed = 0
+    """of the graphs, of the random controllers and of the runs of QMDP"""
     bounds: bool = False
     """only find the bounds for all policies"""
     num_runs: Count = 100
