@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from scripts.benchmarks import (
+    best_controller,
     controllers,
     finite_memory,
     gamp_scale,
@@ -20,9 +21,11 @@ from scripts.benchmarks import (
     outdegree,
     timing,
 )
+from spg.exact.exchange import average_reward
 from spg.training import options
 from spg.training.records import RunError
-from spg.worlds.problems import heaven_hell, load_unload, tiger
+from spg.worlds import dense
+from spg.worlds.problems import heaven_hell, load_unload, pentagon, tiger
 
 TINY = memory.Config(
     cells=("linear",), windows=(), lengths=(), repeats=2, z_size=4, hidden=(8,), num_envs=2,
@@ -153,6 +156,33 @@ def test_two_successors_find_what_one_and_all_do_not():
         for k in (1, 3, 4)
     ]
     assert best[1] > 0.2 > max(best[0], best[2])
+
+
+def test_the_search_for_the_best_controller_solves_load_unload():
+    """Where no reward is negative the stages are alike, and every method ends at what is best."""
+    config = best_controller.Config(num_seeds=2, num_random=1, num_updates=70, num_kicks=1)
+    told = []
+    with jax.enable_x64(True):
+        world = dense(load_unload().pomdp)
+        best = best_controller.search(config, world, 2, lambda *row: told.append(row))
+        value = float(average_reward(best, world))
+    assert [method for method, *_ in told] == [
+        "gradients", "exchanged", "random", "both", "gradients", "exchanged", "both", "kicked",
+        "best",
+    ]  # fmt: skip
+    assert value > 0.249
+
+
+def test_a_step_of_pentagon_is_worth_what_full_sight_earns():
+    """.0503430 by value iteration elsewhere; bounds fall with the price of a step."""
+    with jax.enable_x64(True):
+        world = dense(pentagon().pomdp)
+        found = best_controller.breakeven(world, best_controller.sighted)
+        priced = best_controller.episode(world, 0.05)
+        q, less = best_controller.sighted(priced), best_controller.informed(priced)
+        assert np.isclose(found, 0.0503430, atol=1e-7)
+        assert (less <= q + 1e-12).all()
+        assert less[21].max() < q[21].max() - 0.01
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from tyro.conf import Suppress
 
 from scripts import evaluate, filters, gamp, gpomdp, kstep, ppo, reinforce, sac, slac, td3, trpo
 from scripts.benchmarks import (
+    best_controller,
     controllers,
     curves,
     gamp_scale,
@@ -56,8 +57,8 @@ ROOT = Path(__file__).parents[1]
 EVERY = [
     evaluate,
     ppo, trpo, reinforce, sac, slac, td3, gamp, gpomdp, kstep, filters, controllers, curves,
-    gamp_scale, gpomdp_signal, gpomdp_variance, kstep_benchmark, memory, offpolicy_times, outdegree,
-    questions, scans,
+    best_controller, gamp_scale, gpomdp_signal, gpomdp_variance, kstep_benchmark, memory,
+    offpolicy_times, outdegree, questions, scans,
 ]  # fmt: skip
 HUGE = "99999999999999999999"
 

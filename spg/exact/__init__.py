@@ -1,10 +1,10 @@
 """Exact numbers of known models: values, gradients, and ascents that use them.
 
-`ascent`, `conjugate`, `gamp`, `kstep`, `natural` and `pbvi` are modules; their entry points are
-importable from here.
+`ascent`, `conjugate`, `exchange`, `gamp`, `kstep`, `natural` and `pbvi` are modules; their entry
+points are importable from here.
 """
 
-from spg.exact import conjugate, natural
+from spg.exact import conjugate, exchange, natural
 from spg.exact.ascent import (
     ascend,
     gap_bound,
@@ -48,6 +48,7 @@ __all__ = [
     "discounted_values",
     "enumerate_mean",
     "enumerate_return",
+    "exchange",
     "expected_return",
     "gamp_gradient",
     "gap_bound",
