@@ -4,7 +4,7 @@
 
 For each number of I-states, from each of some starts:
 
-    gradients   natural gradients from zero logits on a random graph, costs in stages
+    gradients   natural gradients on a random graph, costs in stages
     exchanged   exchanges from what is most probable there
     random      exchanges from a random controller, costs in the same stages
     both        natural gradients from the better of the two, then exchanges
