@@ -140,9 +140,9 @@ def test_blocks_of_states_change_nothing(monkeypatch):
     pomdp, kernel = sparse(random_world()), sparse_kernel(3, 3)
     for world in (pomdp, dense(pomdp)):
         monkeypatch.setattr(gamp, "BLOCK", 1024)
-        whole, solution = eqx.filter_jit(partial(gamp_gradient))(kernel, world)
+        whole, solution = eqx.filter_jit(partial(gamp.gamp_gradient))(kernel, world)
         monkeypatch.setattr(gamp, "BLOCK", 2)
-        blocked, again = eqx.filter_jit(partial(gamp_gradient))(kernel, world)
+        blocked, again = eqx.filter_jit(partial(gamp.gamp_gradient))(kernel, world)
         assert largest_difference(whole, blocked) < 1e-12
         assert np.isclose(solution.average_reward, again.average_reward, rtol=1e-13)
 
