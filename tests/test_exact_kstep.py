@@ -63,6 +63,20 @@ def test_sparse_worlds_have_the_same_solution(k):
         assert np.allclose(x, y, rtol=1e-10, atol=1e-10)
 
 
+def test_sparse_worlds_that_show_one_thing_a_state_have_the_same_solution():
+    """There the products are those of `chains`; of all k and weights at once."""
+    problem = traps.random_aggregated(30, 3, 3, seed=2)
+    policies = kstep.all_policies(3, 3)
+    weights = jr.dirichlet(jr.key(0), jnp.ones(27), (2,))
+    one = lambda p, k, w: kstep.kstep_values(p, policies, w, k=k, gamma=GAMMA)
+    every = jax.jit(jax.vmap(jax.vmap(one, (None, 0, None)), (None, None, 0)))
+    ks = jnp.array([1, 2, 7])
+    for x, y in zip(
+        every(dense(problem.pomdp), ks, weights), every(problem.pomdp, ks, weights), strict=True
+    ):
+        assert np.allclose(x, y, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_sparse_worlds_are_solved_at_vertices_too(dtype):
     """Where all mass is on one policy, without reward, and for k so large that γ^k is nothing."""

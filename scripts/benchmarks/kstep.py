@@ -73,7 +73,7 @@ def trap(config: Config, out: Path) -> list[dict[str, Any]]:
     shared: Any = SHARED | {"num_seeds": config.num_seeds, "total_steps": config.total_steps}
     algorithms: dict[str, tuple[Any, Any]] = {
         "PPO": (ppo, ppo.Config(num_steps=64, num_minibatches=8, **shared)),
-        "REINFORCE": (reinforce, reinforce.Config(**shared)),
+        "REINFORCE": (reinforce, reinforce.Config(learning_rate=3e-2, **shared | {"z_size": 32})),
     }
     rows, curves = [], []
     for algorithm, (script, base) in algorithms.items():

@@ -21,6 +21,7 @@ import numpy as np
 from jax import core, lax
 from jaxtyping import Array, Float, Int
 
+from spg.exact import chains
 from spg.types import Scalar
 from spg.worlds import models
 from spg.worlds.models import POMDP, DensePOMDP, SparsePOMDP
@@ -111,7 +112,7 @@ def kstep_values(
     expect = lambda x: jnp.einsum("san,san->sn", choice, pomdp.expect(x))
     push = lambda x: pomdp.push(choice * x[:, None])
     if isinstance(pomdp, SparsePOMDP) and observation.shape[1] == 1:
-        expect, push = _taken(pomdp, action[..., 0].T)
+        expect, push = chains.products(pomdp, action[..., 0].T)
 
     def hold(reward, v):  # R_D^k + γ^k P_D^k v; the first product is of one vector
         last = jnp.einsum("san,sa->sn", choice, pomdp.expect(v[:, None])[..., 0])
@@ -214,25 +215,6 @@ def check(
 
 def _known(x: object) -> bool:
     return not isinstance(x, core.Tracer)
-
-
-def _taken(pomdp: SparsePOMDP, action: Int[Array, "S N"]) -> tuple[Callable, Callable]:
-    """P_D x_D and x_D P_D of each policy D, `[S, N]`, from the successors of its action alone."""
-    num_states, num = action.shape
-    pick = lambda x: jnp.moveaxis(jnp.take_along_axis(x, action[:, :, None], 1), -1, 0)
-    place = pick(pomdp.successor) * num + jnp.arange(num, dtype=pomdp.successor.dtype)
-    probability = pick(pomdp.probability)
-
-    def expect(x):
-        x = x.reshape(-1)
-        add = lambda j, y: y + probability[j] * x[place[j]]
-        return lax.fori_loop(0, len(place), add, jnp.zeros((num_states, num), x.dtype))
-
-    def push(x):
-        zero = jnp.zeros(num_states * num, x.dtype)
-        return zero.at[place].add(probability * x).reshape(num_states, num)
-
-    return expect, push
 
 
 def _series(

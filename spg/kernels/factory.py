@@ -212,7 +212,8 @@ def _recurrent(config: PolicyConfig, spec: Spec, *, key: PRNGKeyArray) -> Locati
 
 def _head(config: PolicyConfig, spec: Spec, input_size: int, *, key: PRNGKeyArray) -> Head:
     sizes = [input_size, *config.hidden]
-    gain = 2.0 if config.memory == "kstep" else 0.01  # seeds have to differ from the start
+    # seeds have to differ from the start: logits vary by about 1 between them, whatever the width
+    gain = sizes[-1] ** 0.5 if config.memory == "kstep" else 0.01
     slots = None if config.memory == "oracle" else spec.slots
     if slots is not None:
         if config.memory not in ("kstep", "none"):
