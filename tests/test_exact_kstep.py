@@ -64,7 +64,7 @@ def test_sparse_worlds_have_the_same_solution(k):
 
 
 def test_sparse_worlds_that_show_one_thing_a_state_have_the_same_solution():
-    """There the products are those of `chains`; of all k and weights at once."""
+    """There the products are those of `policy_chains`; of all k and weights at once."""
     problem = traps.random_aggregated(30, 3, 3, seed=2)
     policies = kstep.all_policies(3, 3)
     weights = jr.dirichlet(jr.key(0), jnp.ones(27), (2,))

@@ -21,7 +21,7 @@ import numpy as np
 from jax import core, lax
 from jaxtyping import Array, Float, Int
 
-from spg.exact import chains
+from spg.exact import policy_chains
 from spg.types import Scalar
 from spg.worlds import models
 from spg.worlds.models import POMDP, DensePOMDP, SparsePOMDP
@@ -112,7 +112,7 @@ def kstep_values(
     expect = lambda x: jnp.einsum("san,san->sn", choice, pomdp.expect(x))
     push = lambda x: pomdp.push(choice * x[:, None])
     if isinstance(pomdp, SparsePOMDP) and observation.shape[1] == 1:
-        expect, push = chains.products(pomdp, action[..., 0].T)
+        expect, push = policy_chains.products(pomdp, action[..., 0].T)
 
     def hold(reward, v):  # R_D^k + γ^k P_D^k v; the first product is of one vector
         last = jnp.einsum("san,sa->sn", choice, pomdp.expect(v[:, None])[..., 0])
