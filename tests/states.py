@@ -21,7 +21,7 @@ def main() -> None:
     world = sparse(make_pomdp(jr.key(0), num_states=9, num_obs=3, num_actions=3))
     kernel = random_controller(4, 3, 3, out_degree=2, std=1.0, key=jr.key(1))
     devices = jax.devices()
-    shared = chain.share(world, devices)
+    shared = chain.share_states(world, devices)
     table, size = tables(kernel, jnp.arange(3)), len(shared.start)
     d = jnp.zeros((size, 4)).at[:9].set(jr.normal(jr.key(2), (9, 4)))
     pushed = jax.jit(partial(chain.push, devices=devices))(table, shared, d)

@@ -293,7 +293,7 @@ def scale_point(config: Config, world: str, size: int, count: int) -> Row:
     pomdp, shared = WORLDS[world](size), {}
     if count > 1:
         shared = {"devices": jax.devices()[:count]}
-        pomdp = chain.share(pomdp, shared["devices"])
+        pomdp = chain.share_states(pomdp, shared["devices"])
     built = peak() - imports
     kernel = controller(pomdp, config.num_z, seed=config.seed)
     program, compiling = timed(compiled, partial(gamp_gradient, **shared), kernel, pomdp)

@@ -25,7 +25,7 @@ ROWS = PartitionSpec("state")
 Devices = Sequence[jax.Device]
 
 
-def share(pomdp: SparsePOMDP, devices: Devices) -> SparsePOMDP:
+def share_states(pomdp: SparsePOMDP, devices: Devices) -> SparsePOMDP:
     """The same world, its states shared out evenly to devices, for `long_run`.
 
     States that nothing reaches fill up the last device's share. For a world that is too large for

@@ -67,8 +67,8 @@ def long_run(
     errors are estimates. `converged` is false for classes of different η, where x grows until its
     residual is rounded away, and for a chain that nearly falls apart into classes.
 
-    `devices` share the states of a world made by `chain.share`; where that added states, d and x
-    have zeros at their end.
+    `devices` share the states of a world made by `chain.share_states`; where that added states, d
+    and x have zeros at their end.
 
     Raises ValueError where `checks.check` does, and for states that devices cannot share evenly.
 
@@ -79,7 +79,7 @@ def long_run(
     if devices and len(pomdp.start) % len(devices):
         raise ValueError(
             f"{len(pomdp.start):,} states cannot be shared out evenly to {len(devices)} devices; "
-            "`chain.share` can"
+            "`spg.exact.share_states` can"
         )
     table = tables(kernel, jnp.arange(pomdp.num_obs))
     start = lax.stop_gradient(
