@@ -297,7 +297,9 @@ def scale_point(config: Config, world: str, size: int, count: int) -> Row:
     built = peak() - imports
     kernel = controller(pomdp, config.num_z, seed=config.seed)
     program, compiling = timed(compiled, partial(gamp_gradient, **shared), kernel, pomdp)
+    began = time.process_time()
     gradients = [timed(program, kernel, pomdp) for _ in range(3)]
+    processor = (time.process_time() - began) / len(gradients)
     solution, seconds = gradients[0][0][1], np.median([spent for _, spent in gradients])
     high, held = peak() - imports, program.compiled.memory_analysis()
 
@@ -319,6 +321,7 @@ def scale_point(config: Config, world: str, size: int, count: int) -> Row:
         "part": "scale", "problem": world, "states": size, "n": size * config.num_z,
         "devices": count,
         "nonzeros": nonzeros, "compile_s": compiling, "gradient_s": seconds,
+        "processor_s": processor,
         "products": int(products.sum()), "push_ms": 1e3 * push, "pull_ms": 1e3 * pull,
         "product_ms": 1e3 * in_products / products.sum(),
         "ns_per_nonzero": 1e9 * in_products / products.sum() / nonzeros,
