@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from scripts.benchmarks import (
     controllers,
     finite_memory,
     gamp_scale,
+    gamp_variants,
     gpomdp_signal,
     gpomdp_variance,
     kstep,
@@ -21,6 +23,7 @@ from scripts.benchmarks import (
     outdegree,
     timing,
 )
+from spg.exact.enumeration import joint_chain
 from spg.exact.exchange import average_reward
 from spg.training import options
 from spg.training.records import RunError
@@ -106,6 +109,27 @@ def test_gamp_benchmark_compares_solvers_that_agree(tmp_path, monkeypatch, capsy
     assert [row["rival"] for row in scipy] == ["csr", "factors"]
     assert max(float(row[f"{who}_residual"]) for row in scipy for who in ("ours", "rival")) < 1e-8
     assert re.search(r"^tiny +8 +damped", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_variants_of_the_solvers_solve_what_they_should(tmp_path):
+    config = gamp_variants.Config(
+        cases=("heavenhell",), repeats=1, steps=(0.1,), out=str(tmp_path / "run")
+    )
+    gamp_variants.main(config)
+    rows = list(csv.DictReader((tmp_path / "run" / "gamp_variants.csv").open(newline="")))
+    assert {row["variant"] for row in rows} == {*gamp_variants.VARIANTS, "cold", "warm"}
+    assert max(float(row["residual"]) for row in rows) < 1e-8
+    products = {row["variant"]: int(row["products"]) for row in rows}
+    assert products["warm"] < products["cold"]
+
+
+def test_probability_to_stay_is_the_diagonal_of_the_chain():
+    pomdp = load_unload().pomdp
+    with jax.enable_x64(True):
+        kernel = gamp_scale.controller(pomdp, 3, 2)
+        joint = joint_chain(kernel, dense(pomdp))
+        assert np.allclose(gamp_variants.stay(kernel, pomdp), jnp.einsum("sgsg->sg", joint))
 
 
 def test_cost_of_an_error_is_read_off_between_two_tolerances():

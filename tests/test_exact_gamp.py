@@ -1,4 +1,9 @@
+import json
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -12,6 +17,7 @@ from conftest import assert_trees_close, largest_difference, make_pomdp
 
 from scripts.gamp import average_reward as long_run_average
 from spg.distributions import Categorical
+from spg.exact import chain as chains
 from spg.exact import enumeration, gamp, solvers
 from spg.kernels.cells import Drawn
 from spg.kernels.finite import NetworkMemory, finite_kernel, random_controller, tables
@@ -122,16 +128,16 @@ def test_every_solver_finds_the_law_and_the_differential_values(name):
     assert largest_difference(gradient, dense_gradient(kernel, pomdp)) < 1e-10
 
 
-@pytest.mark.parametrize("block", [gamp.BLOCK, 5, 4, 2, 1])
+@pytest.mark.parametrize("block", [chains.BLOCK, 5, 4, 2, 1])
 def test_the_two_applications_of_the_chain_are_transposes(block, monkeypatch):
-    monkeypatch.setattr(gamp, "BLOCK", block)
+    monkeypatch.setattr(chains, "BLOCK", block)
     pomdp = sparse(random_world())
     kernel = sparse_kernel(3, 3)
     table = tables(kernel, jnp.arange(3))
-    reward = gamp._evaluate(table, pomdp, jnp.zeros((5, 4)))
-    pull = lambda x: gamp._evaluate(table, pomdp, x) - reward
+    reward = chains.evaluate(table, pomdp, jnp.zeros((5, 4)))
+    pull = lambda x: chains.evaluate(table, pomdp, x) - reward
     d, x = jr.normal(jr.key(3), (5, 4)), jr.normal(jr.key(4), (5, 4))
-    assert np.allclose(jnp.vdot(d, pull(x)), jnp.vdot(gamp._push(table, pomdp, d), x), rtol=1e-12)
+    assert np.allclose(jnp.vdot(d, pull(x)), jnp.vdot(chains.push(table, pomdp, d), x), rtol=1e-12)
     chain = enumeration.joint_chain(kernel, dense(pomdp))
     assert np.allclose(pull(x), jnp.einsum("sgth,th->sg", chain, x), rtol=1e-12)
 
@@ -139,12 +145,35 @@ def test_the_two_applications_of_the_chain_are_transposes(block, monkeypatch):
 def test_blocks_of_states_change_nothing(monkeypatch):
     pomdp, kernel = sparse(random_world()), sparse_kernel(3, 3)
     for world in (pomdp, dense(pomdp)):
-        monkeypatch.setattr(gamp, "BLOCK", 1024)
+        monkeypatch.setattr(chains, "BLOCK", 1024)
         whole, solution = eqx.filter_jit(partial(gamp.gamp_gradient))(kernel, world)
-        monkeypatch.setattr(gamp, "BLOCK", 2)
+        monkeypatch.setattr(chains, "BLOCK", 2)
         blocked, again = eqx.filter_jit(partial(gamp.gamp_gradient))(kernel, world)
         assert largest_difference(whole, blocked) < 1e-12
         assert np.isclose(solution.average_reward, again.average_reward, rtol=1e-13)
+
+
+@pytest.mark.slow
+def test_devices_may_share_the_states():
+    """Nine states on two devices, so that one is added; each device has five rows of all."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    here = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, here / "states.py"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(here.parent), "XLA_FLAGS": flags},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert told.pop("states") == 10
+    assert told.pop("rows") == told.pop("rows of x") == 5
+    assert told.pop("converged")
+    assert max(told.values()) < 1e-12
+
+
+def test_states_that_devices_cannot_share_evenly_are_refused():
+    pomdp, kernel = sparse(random_world()), sparse_kernel(3, 3)
+    with pytest.raises(ValueError, match=r"5 states cannot be shared out evenly to 2 devices"):
+        gamp.long_run(kernel, pomdp, devices=2 * jax.devices())
 
 
 def test_load_unload_at_zero_logits():

@@ -24,6 +24,7 @@ from scripts.benchmarks import (
     controllers,
     curves,
     gamp_scale,
+    gamp_variants,
     gpomdp_signal,
     gpomdp_variance,
     memory,
@@ -57,8 +58,8 @@ ROOT = Path(__file__).parents[1]
 EVERY = [
     evaluate,
     ppo, trpo, reinforce, sac, slac, td3, gamp, gpomdp, kstep, filters, controllers, curves,
-    best_controller, gamp_scale, gpomdp_signal, gpomdp_variance, kstep_benchmark, memory,
-    offpolicy_times, outdegree, questions, scans,
+    best_controller, gamp_scale, gamp_variants, gpomdp_signal, gpomdp_variance, kstep_benchmark,
+    memory, offpolicy_times, outdegree, questions, scans,
 ]  # fmt: skip
 HUGE = "99999999999999999999"
 

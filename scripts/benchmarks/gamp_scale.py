@@ -8,6 +8,7 @@ methods would do better. Controllers are random. What is compared is interleaved
 """
 
 import csv
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ from matplotlib.figure import Figure
 from scipy import sparse
 from scipy.sparse import linalg
 
+from spg.exact import chain
 from spg.exact.enumeration import joint_chain
 from spg.exact.gamp import gamp_gradient, long_run
 from spg.exact.solvers import (
@@ -80,6 +82,10 @@ class Config:
     """of `solvers`"""
     sizes: tuple[Count, ...] = (10_000, 31_623, 100_000, 316_228, 1_000_000)
     """states of the random worlds of `scale`"""
+    worlds: tuple[Literal["random", "local"], ...] = ("random", "local")
+    """of `scale`: successors anywhere, or near with one jump"""
+    devices: tuple[Count, ...] = (1,)
+    """that share the states in `scale`; a CPU is divided into so many"""
     num_z: Count = 8
     """I-states in `scale` and `compare`; the factory has 4"""
     direct: tuple[States, ...] = (0, 250, 750)
@@ -87,8 +93,7 @@ class Config:
     iterative: tuple[States, ...] = (0, 100_000)
     """states of random worlds to solve by SciPy as well; 0 is the factory"""
     tol: Positive = 1e-10
-    """of both residuals, in `scale` and `compare`"""
-    """of the comparison with SciPy"""
+    """of both residuals, in `compare`"""
 
 
 class Case(NamedTuple):
@@ -141,9 +146,9 @@ def controller(
 
 def direct(kernel: Kernel, pomdp: SparsePOMDP):
     """The gradient with K formed, and d and x from one LU of I - K + 1v, v uniform."""
-    chain = joint_chain(kernel, dense(pomdp))
-    shape, n = chain.shape[:2], chain.shape[0] * chain.shape[1]
-    lu = jax.scipy.linalg.lu_factor(jnp.eye(n) - chain.reshape(n, n) + 1 / n)
+    joint = joint_chain(kernel, dense(pomdp))
+    shape, n = joint.shape[:2], joint.shape[0] * joint.shape[1]
+    lu = jax.scipy.linalg.lu_factor(jnp.eye(n) - joint.reshape(n, n) + 1 / n)
     back = lambda b, trans: jax.scipy.linalg.lu_solve(lu, b.reshape(-1), trans).reshape(shape)
     law = lambda push, start, tol: (back(jnp.full(n, 1 / n), 1), jnp.zeros((), int))
     bias = lambda pull, gain, law, tol: (back(gain, 0), jnp.zeros((), int))
@@ -275,25 +280,32 @@ def picture(path: Path, rows: list[Row]) -> None:
 # --- scale
 
 
-def scale_point(config: Config, world: str, size: int) -> Row:
+def scale_point(config: Config, world: str, size: int, count: int) -> Row:
     """One gradient in float32, in a process of its own; memory is above that of the imports.
 
     A product is timed by the difference of 12 and 2 damped steps. The non-zeros are those that it
-    applies: of P(s' | s, a), ω and μ at the observations of each state, and for each I-state.
+    applies: of P(s' | s, a), ω and μ at the observations of each state, and for each I-state. What
+    each device holds, its share of the world and of the rest, is what XLA has planned.
     """
+    jax.config.update("jax_num_cpu_devices", count)
     jnp.zeros(1).block_until_ready()
     imports = peak()
-    pomdp = WORLDS[world](size)
+    pomdp, shared = WORLDS[world](size), {}
+    if count > 1:
+        shared = {"devices": jax.devices()[:count]}
+        pomdp = chain.share_states(pomdp, shared["devices"])
     built = peak() - imports
     kernel = controller(pomdp, config.num_z, seed=config.seed)
-    program, compiling = timed(compiled, gamp_gradient, kernel, pomdp)
+    program, compiling = timed(compiled, partial(gamp_gradient, **shared), kernel, pomdp)
+    began = time.process_time()
     gradients = [timed(program, kernel, pomdp) for _ in range(3)]
+    processor = (time.process_time() - began) / len(gradients)
     solution, seconds = gradients[0][0][1], np.median([spent for _, spent in gradients])
-    high = peak() - imports
+    high, held = peak() - imports, program.compiled.memory_analysis()
 
     def damped(pushes, pulls, kernel, pomdp):
         law, bias = partial(power, max_products=pushes), partial(richardson, max_products=pulls)
-        return long_run(kernel, pomdp, stationary=law, bias=bias, tol=0.0)
+        return long_run(kernel, pomdp, stationary=law, bias=bias, tol=0.0, **shared)
 
     runs = {}
     for counts in ((2, 2), (12, 2), (2, 12)):
@@ -307,11 +319,14 @@ def scale_point(config: Config, world: str, size: int) -> Row:
     nonzeros = size * config.num_z * (successors + emissions * (3 + pomdp.num_actions))
     return {
         "part": "scale", "problem": world, "states": size, "n": size * config.num_z,
+        "devices": count,
         "nonzeros": nonzeros, "compile_s": compiling, "gradient_s": seconds,
+        "processor_s": processor,
         "products": int(products.sum()), "push_ms": 1e3 * push, "pull_ms": 1e3 * pull,
         "product_ms": 1e3 * in_products / products.sum(),
         "ns_per_nonzero": 1e9 * in_products / products.sum() / nonzeros,
         "products_share": in_products / seconds, "world_MB": built, "peak_MB": high,
+        "device_MB": (held.argument_size_in_bytes + held.temp_size_in_bytes) / 2**20,
         "converged": str(solution.converged),
     }  # fmt: skip
 
@@ -323,14 +338,14 @@ def peak() -> float:
 
 
 def scale(config: Config) -> Iterable[Row]:
-    for world in WORLDS:
-        for size in config.sizes:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                yield pool.submit(scale_point, config, world, size).result()
+    for world, size, count in itertools.product(config.worlds, config.sizes, config.devices):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            yield pool.submit(scale_point, config, world, size, count).result()
 
 
 def slopes(rows: list[Row]) -> Iterable[Row]:
-    """Exponents of the seconds in the non-zeros, by least squares."""
+    """Exponents of the seconds in the non-zeros, by least squares, on one device."""
+    rows = [row for row in rows if row["devices"] == 1]
     for world in dict.fromkeys(row["problem"] for row in rows):
         log = lambda key, world=world: np.log([r[key] for r in rows if r["problem"] == world])
         keys = "product_ms", "push_ms", "pull_ms", "gradient_s"
@@ -471,7 +486,8 @@ def main(config: Config) -> None:
     if "scale" in config.parts:
         rows += scale(config)
         show(rows, without=("part", "n", "push_ms", "pull_ms"))
-        show(slopes(rows))
+        if len(config.sizes) > 1 and 1 in config.devices:
+            show(slopes(rows))
     if "compare" in config.parts:
         with jax.enable_x64(True):
             for part in (compare_direct, compare_scipy):

@@ -14,6 +14,7 @@ from spg.exact.ascent import (
     smoothness,
     steps_needed,
 )
+from spg.exact.chain import share_states
 from spg.exact.enumeration import (
     DiscountedValues,
     discounted_values,
@@ -64,6 +65,7 @@ __all__ = [
     "product_weights",
     "projected_step",
     "rate_bound",
+    "share_states",
     "sighted_return",
     "smoothness",
     "stationary_distribution",

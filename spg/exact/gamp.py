@@ -1,20 +1,18 @@
 """GAMP: the exact gradient of the long-run average reward of a finite-state controller.
 
-Aberdeen & Baxter (2002). The joint chain K on (s, g) is applied, never formed: a step of either
-iteration costs as many multiplications as the world and the controller have non-zeros. It takes a
-block of states at a time, so that what it makes of them stays in the cache, and takes no memory.
+Aberdeen & Baxter (2002). The joint chain K on (s, g) is applied, never formed (`spg.exact.chain`).
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import lu_factor, lu_solve
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
+from spg.exact import chain
 from spg.exact.checks import check
 from spg.exact.enumeration import joint_chain, joint_policy
 from spg.exact.solvers import (
@@ -27,12 +25,10 @@ from spg.exact.solvers import (
     span,
     two_krylov_bias,
 )
-from spg.kernels.finite import Tables, start_distribution, tables, transitions
+from spg.kernels.finite import start_distribution, tables
 from spg.kernels.kernel import Kernel
 from spg.types import Scalar
 from spg.worlds.models import POMDP, DensePOMDP
-
-BLOCK = 1024  # states
 
 
 class LongRun(NamedTuple):
@@ -54,6 +50,7 @@ def long_run(
     stationary: Callable[[Apply, Vector, Array], tuple[Vector, Array]] | None = None,
     bias: Callable[[Apply, Vector, Vector, Array], tuple[Vector, Array]] | None = None,
     tol: float | None = None,
+    devices: chain.Devices | None = None,
 ) -> LongRun:
     """d, x and η of a finite-state controller, with ∇η by implicit differentiation.
 
@@ -70,12 +67,20 @@ def long_run(
     errors are estimates. `converged` is false for classes of different η, where x grows until its
     residual is rounded away, and for a chain that nearly falls apart into classes.
 
-    Raises ValueError where `checks.check` does.
+    `devices` share the states of a world made by `chain.share_states`; where that added states, d
+    and x have zeros at their end.
+
+    Raises ValueError where `checks.check` does, and for states that devices cannot share evenly.
 
     The derivative of `average_reward` is exact to first order in everything that it depends on:
     the kernel, probabilities and rewards. (d and x are constants to a second derivative.)
     """
     check(kernel, pomdp)
+    if devices and len(pomdp.start) % len(devices):
+        raise ValueError(
+            f"{len(pomdp.start):,} states cannot be shared out evenly to {len(devices)} devices; "
+            "`spg.exact.share_states` can"
+        )
     table = tables(kernel, jnp.arange(pomdp.num_obs))
     start = lax.stop_gradient(
         pomdp.start[:, None] * start_distribution(kernel).astype(pomdp.start.dtype)
@@ -83,8 +88,8 @@ def long_run(
     tol = {4: 1e-5, 8: 1e-12}[start.dtype.itemsize] if tol is None else tol
 
     frozen = lax.stop_gradient((table, pomdp))
-    push: Apply = lambda d: _push(*frozen, d)
-    evaluate = lambda x: _evaluate(*frozen, x)  # r + Kx
+    push: Apply = lambda d: chain.push(*frozen, d, devices)
+    evaluate = lambda x: chain.evaluate(*frozen, x, devices)  # r + Kx
     reward = evaluate(jnp.zeros_like(start))
     stationary, bias = stationary or arnoldi, bias or two_krylov_bias
     d, stationary_products = stationary(push, start, jnp.asarray(tol, start.dtype))
@@ -105,7 +110,9 @@ def long_run(
     sigma, misplaced = conditioning(push, start, d, of_d / limit)
     steps = jnp.maximum(1 / sigma, relative_span(gain, x))
     errors = jnp.stack([of_d / sigma, (of_d + of_x) * steps]) + misplaced
-    surrogate = jnp.vdot(d, _evaluate(table, pomdp, x))  # its derivative is d (∇r + ∇K x)
+    surrogate = jnp.vdot(
+        d, chain.evaluate(table, pomdp, x, devices)
+    )  # its derivative is d (∇r + ∇K x)
     return LongRun(
         average_reward=eta + (surrogate - lax.stop_gradient(surrogate)),
         stationary=d,
@@ -154,9 +161,9 @@ def direct_gradient(
         start = pomdp.start[:, None] * start_distribution(kernel)
         n = start.size
         shaped = lambda x: x.reshape(start.shape)
-        chain = joint_chain(kernel, pomdp).reshape(n, n)
+        joint = joint_chain(kernel, pomdp).reshape(n, n)
         reward = jnp.einsum("sgha,sa->sg", joint_policy(kernel, pomdp), pomdp.reward).reshape(n)
-        k, r = lax.stop_gradient((chain, reward))
+        k, r = lax.stop_gradient((joint, reward))
         k = jnp.where(_reached(k, start.reshape(n))[:, None], k, start.reshape(n))
         ones = jnp.eye(n) + start.reshape(n)
         factors = lu_factor(ones - k)
@@ -175,12 +182,9 @@ def direct_gradient(
             jnp.where(right, eta, jnp.nan), shaped(d), shaped(x), errors[0], errors[1],
             jnp.zeros(2, int), right,
         )  # fmt: skip
-        return d @ (reward + beta * (chain @ x)), solution  # its derivative is d (∇r + β ∇K x)
+        return d @ (reward + beta * (joint @ x)), solution  # its derivative is d (∇r + β ∇K x)
 
     return eqx.filter_grad(objective, has_aux=True)(kernel)
-
-
-# --- the chain
 
 
 def _reached(k: Float[Array, "N N"], start: Float[Array, " N"]) -> Bool[Array, " N"]:
@@ -191,59 +195,3 @@ def _reached(k: Float[Array, "N N"], start: Float[Array, " N"]) -> Bool[Array, "
         return more, (more != state[0]).any()
 
     return lax.while_loop(lambda state: state[1], spread, (start > 0, jnp.array(True)))[0]
-
-
-def _evaluate(table: Tables, pomdp: POMDP, x: Vector) -> Vector:
-    """r + Kx, one step of policy evaluation.
-
-    Q(s,h,a) = Σ P [r + x],  V(s,h,o) = Σ_a μ Q,  (r + Kx)(s,g) = Σ_o O(o|s) Σ_h ω(h|g,o) V(s,h,o)
-    """
-
-    def of(some: POMDP) -> Float[Array, "B G"]:
-        obs, emission = some.emissions()
-        q = some.mean_reward()[:, :, None] + some.expect(x)
-        v = jnp.einsum("smga,sag->smg", table.mu[obs], q)
-        omega, successors = table.omega[obs], table.successors[obs]  # [S, M, G, K]
-        v = jnp.take_along_axis(v[:, :, None], successors, -1)
-        return jnp.einsum("sm,smgk,smgk->sg", emission, omega, v)
-
-    if len(x) <= BLOCK:
-        return of(pomdp)
-    firsts, block = _blocks(pomdp)
-    found = lax.map(jax.checkpoint(lambda first: of(block(first))), firsts)
-    whole, last = found[:-1].reshape(-1, x.shape[1]), found[-1]
-    return jnp.concatenate([whole, last[len(whole) - len(x) :]])
-
-
-def _push(table: Tables, pomdp: POMDP, d: Vector) -> Vector:
-    """dK.
-
-    W(s,o,h) = O(o|s) Σ_g d ω(h|g,o),   (dK)(s',h) = Σ_{s,a} [Σ_o W μ(a|h,o)] P(s'|s,a)
-    """
-
-    def add(onto: Vector, some: POMDP, d: Float[Array, "B G"]) -> Vector:
-        obs, emission = some.emissions()
-        w = emission[..., None] * jnp.einsum("sg,smgh->smh", d, transitions(table)[obs])
-        return some.push(jnp.einsum("smh,smha->sah", w, table.mu[obs]), onto)
-
-    if len(d) <= BLOCK:
-        return add(jnp.zeros_like(d), pomdp, d)
-    firsts, block = _blocks((pomdp, d))
-
-    def step(onto, i):
-        some, mass = block(firsts[i])
-        new = firsts[i] + jnp.arange(BLOCK) >= i * BLOCK  # not in the block before
-        return add(onto, some, jnp.where(new[:, None], mass, 0)), None
-
-    return lax.scan(step, jnp.zeros_like(d), jnp.arange(len(firsts)))[0]
-
-
-def _blocks(rows: PyTree) -> tuple[Int[Array, " B"], Callable[[Array], PyTree]]:
-    """Where blocks of `BLOCK` rows begin, and the block that begins at a row.
-
-    The last one begins early enough to be whole.
-    """
-    size = len(jax.tree.leaves(rows)[0])
-    take = lambda first: lambda x: lax.dynamic_slice_in_dim(x, first, BLOCK)
-    firsts = jnp.minimum(jnp.arange(0, size, BLOCK), size - BLOCK)
-    return firsts, lambda first: jax.tree.map(take(first), rows)
