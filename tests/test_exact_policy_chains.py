@@ -9,7 +9,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def make_world(rng, num_states, num_actions):
-    """Some rows of `policy_chains.WIDTH` successors and more, some of one; all go to state 3 at times."""
+    """Some rows with `WIDTH` successors and more, some with one; all go to state 3 at times."""
     occurs = rng.random((num_states, num_actions, num_states)) < rng.random((num_states, 1, 1))
     occurs[..., 3] = True
     occurs[..., 5] = False
