@@ -75,7 +75,7 @@ class Config:
     repeats: Count = 5
     """of each timing"""
     patience: NonNegative = 10.0
-    """seconds, of all its repeats, after which a program of `solvers` is not repeated"""
+    """seconds, of all its repeats, after which a program of `solvers` or `scale` is not repeated"""
     cases: tuple[str, ...] = ("heavenhell", "heavenhell, std 0.3", "pentagon", "factory")
     """controllers and worlds of `solvers`"""
     tolerances: tuple[Positive, ...] = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12, 1e-13)
@@ -297,8 +297,9 @@ def scale_point(config: Config, world: str, size: int, count: int) -> Row:
     built = peak() - imports
     kernel = controller(pomdp, config.num_z, seed=config.seed)
     program, compiling = timed(compiled, partial(gamp_gradient, **shared), kernel, pomdp)
-    began = time.process_time()
-    gradients = [timed(program, kernel, pomdp) for _ in range(3)]
+    gradients, began = [], time.process_time()
+    while len(gradients) < 3 and sum(spent for _, spent in gradients) < config.patience:
+        gradients.append(timed(program, kernel, pomdp))
     processor = (time.process_time() - began) / len(gradients)
     solution, seconds = gradients[0][0][1], np.median([spent for _, spent in gradients])
     high, held = peak() - imports, program.compiled.memory_analysis()
@@ -311,7 +312,7 @@ def scale_point(config: Config, world: str, size: int, count: int) -> Row:
     for counts in ((2, 2), (12, 2), (2, 12)):
         steps = compiled(partial(damped, *counts), kernel, pomdp)
         runs[counts] = partial(steps, kernel, pomdp)
-    spent = {key: np.median(x) for key, x in interleave(runs, 3)[1].items()}
+    spent = {key: np.median(x) for key, x in interleave(runs, 3, config.patience)[1].items()}
     push, pull = ((spent[key] - spent[2, 2]) / 10 for key in ((12, 2), (2, 12)))
     products = np.array(solution.products)
     in_products = products @ (push, pull)
