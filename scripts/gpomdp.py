@@ -68,6 +68,8 @@ class Config(options.ProblemConfig, options.RunConfig):
     adam_eps: Annotated[NonNegative, Needs(optimiser="adam")] = 1e-8
     """added to the root mean square of a gradient's entry; where it dominates Adam is SGD, which
     leaves alone what has no gradient, as most of a large controller at a flat start"""
+    first_step: Annotated[Positive, Needs(optimiser="conjugate")] = 1.0
+    """of GSEARCH: the multiple of the direction at which each search begins to double or halve"""
     tolerance: Annotated[NonNegative, Needs(optimiser="conjugate")] = 1e-6
     """of GSEARCH: inner products of gradients below it are noise"""
     bound: Annotated[float, Range(0, 300, open="low", usual="5 to 20 is usual")] = 12.0
@@ -104,6 +106,13 @@ def adam(config: Config) -> optax.GradientTransformation:
 
 def acting(config: Config, kernel: Kernel) -> Kernel:
     return expected_kernel(kernel) if config.estimator == "exp-observations" else kernel
+
+
+def line_search(config: Config) -> conjugate.Settings:
+    """CONJPOMDP as published: it never ends, and never looks at an average reward."""
+    return conjugate.Settings(
+        config.first_step, config.tolerance, stop=0.0, bound=config.bound, safeguard=False
+    )
 
 
 def num_places(config: Config, problem: Problem) -> int:
@@ -168,9 +177,7 @@ def step(config: Config, problem: Problem, env: Env, state: State) -> tuple[Stat
     key, rollout_key = jr.split(state.key)
     kernel, ascent = state.learned
     params, static = eqx.partition(kernel, trainable(kernel))
-    settings = conjugate.Settings(
-        tolerance=config.tolerance, stop=0.0, bound=config.bound, safeguard=False
-    )
+    settings = line_search(config)
     if config.optimiser == "conjugate":
         params = conjugate.ask(ascent, settings)
     kernel = eqx.combine(params, static)

@@ -240,6 +240,17 @@ def test_controller_scripts_refuse_what_cannot_run(script, words, message):
         script.make(config)
 
 
+def test_line_searches_begin_with_the_step_asked_for():
+    config = gpomdp.Config(
+        optimiser="conjugate", baseline="none", first_step=64.0, num_envs=2, num_steps=4,
+        total_steps=80,
+    )  # fmt: skip
+    algorithm = gpomdp.make(config)
+    state = algorithm.init(algorithm.floats, jr.key(0))
+    state, _ = jax.jit(algorithm.step)(algorithm.floats, state)
+    assert state.learned.optimiser.step == 64
+
+
 ONE_GRADIENT = replace(PPO, num_epochs=1, num_minibatches=1)
 
 
