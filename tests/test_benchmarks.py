@@ -147,7 +147,7 @@ def test_conjugate_gradients_learn_heaven_hell_by_the_exact_mean_of_the_estimate
     for config in conjpomdp.methods().values():
         assert options.parse(type(config), options.words(config)) == config
     config = conjpomdp.methods()["exact-0.9"]
-    config = replace(config, num_seeds=1, total_steps=60 * config.num_envs * config.num_steps)
+    config = replace(config, num_seeds=1, total_steps=60 * config.gradient_steps)
     trained = conjpomdp.by_the_mean(config)
     assert trained.met.shape == (1, 60)
     row = conjpomdp.row("exact-0.9", config, trained)

@@ -43,7 +43,7 @@ class Config:
     """The comparison, e.g. --methods istate-0.9 exact-0.9 --num-seeds 2"""
 
     methods: tuple[str, ...] = ()
-    """exact, istate, exp and state, each with -0.9 or -0.97 for β; by default all"""
+    """by default all"""
     num_seeds: Annotated[int, Range(0, 2**31 - 1, whole=True)] = 0
     """0: as many as in the docs"""
     seed: Seed = 0
@@ -72,24 +72,25 @@ class Trained(NamedTuple):
 
 
 SHARED: dict[str, Any] = {
-    "problem": "heavenhell", "num_z": 20, "start_hold": 4.0, "optimiser": "conjugate",
+    "problem": "heavenhell", "num_z": 20, "start_hold": 4.0, "optimiser": "conjugate", "beta": 0.9,
     "first_step": 1e3, "tolerance": 0.0, "num_envs": 1000, "num_steps": 500,
 }  # fmt: skip
 
 
 def methods() -> dict[str, gpomdp.Config]:
     """The trainings by name; those called exact take of theirs the start and the searches."""
-    plain = gpomdp.Config(**SHARED, baseline="none", num_segments=2, num_seeds=3)
-    kinds = {
-        "exact": replace(plain, num_seeds=10),
-        "istate": replace(plain, estimator="istate", num_segments=20, num_seeds=2),
-        "exp": plain,
-        "state": replace(plain, baseline="state", num_seeds=2),
+    exp = gpomdp.Config(**SHARED, baseline="none", num_segments=2)
+    istate = replace(exp, estimator="istate", num_segments=20)
+    trainings = {
+        "exact-0.9": (exp, 10, 80),
+        "exact-0.97": (replace(exp, beta=0.97), 10, 80),
+        "exp-0.9": (exp, 3, 80),
+        "istate-0.9": (istate, 1, 40),
+        "state-0.97": (replace(exp, beta=0.97, baseline="state"), 1, 60),
     }
     return {
-        f"{kind}-{beta:g}": replace(config, beta=beta, total_steps=80 * config.gradient_steps)
-        for kind, config in kinds.items()
-        for beta in (0.9, 0.97)
+        name: replace(config, num_seeds=seeds, total_steps=gradients * config.gradient_steps)
+        for name, (config, seeds, gradients) in trainings.items()
     }
 
 
