@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -272,10 +273,11 @@ def test_gpomdp_takes_the_mean_over_segments_that_go_on_where_the_last_one_stopp
     for keys in jr.split(jr.split(before.key)[1], (3, 2)):
         carry, trajs, _ = jax.vmap(one)(carry, keys)
         gradient, baseline = gpomdp.estimate(config, problem, kernel, baseline, trajs)
-        found.append((gradient.head.logits, trajs.reward.mean()))
-    gradient, reward = (np.mean(x, 0) for x in zip(*found, strict=True))
+        head: Any = gradient.head
+        found.append((head.logits, trajs.reward.mean()))
+    logits, reward = (np.mean(x, 0) for x in zip(*found, strict=True))
     np.testing.assert_allclose(report.score, reward)
-    np.testing.assert_allclose(after.learned.optimiser.gradient.head.logits, gradient, atol=1e-6)
+    np.testing.assert_allclose(after.learned.optimiser.gradient.head.logits, logits, atol=1e-6)
     np.testing.assert_allclose(after.world.baseline.reward, baseline.reward, rtol=1e-6)
     np.testing.assert_array_equal(after.world.carry.obs, carry.obs)
 
