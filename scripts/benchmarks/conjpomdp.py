@@ -86,7 +86,6 @@ def methods() -> dict[str, gpomdp.Config]:
         "exact-0.97": (replace(exp, beta=0.97), 10, 80),
         "exp-0.9": (exp, 3, 80),
         "istate-0.9": (istate, 1, 40),
-        "state-0.97": (replace(exp, beta=0.97, baseline="state"), 1, 60),
     }
     return {
         name: replace(config, num_seeds=seeds, total_steps=gradients * config.gradient_steps)
