@@ -53,7 +53,9 @@ class Config(options.ProblemConfig, options.RunConfig):
     num_envs: Count = 100
     """endless trajectories, side by side"""
     num_steps: Count = 200
-    """steps of each in a gradient"""
+    """steps of each in a segment, whose traces start empty"""
+    num_segments: Count = 1
+    """segments in a gradient, one after the other; memory is taken for one"""
     beta: Annotated[float, Range(0, 1, open="high")] = 0.95
     """discount of the eligibility trace"""
     baseline: Literal["none", "reward", "value", "state"] = "state"
@@ -68,6 +70,8 @@ class Config(options.ProblemConfig, options.RunConfig):
     adam_eps: Annotated[NonNegative, Needs(optimiser="adam")] = 1e-8
     """added to the root mean square of a gradient's entry; where it dominates Adam is SGD, which
     leaves alone what has no gradient, as most of a large controller at a flat start"""
+    first_step: Annotated[Positive, Needs(optimiser="conjugate")] = 1.0
+    """of GSEARCH: the multiple of the direction at which each search begins to double or halve"""
     tolerance: Annotated[NonNegative, Needs(optimiser="conjugate")] = 1e-6
     """of GSEARCH: inner products of gradients below it are noise"""
     bound: Annotated[float, Range(0, 300, open="low", usual="5 to 20 is usual")] = 12.0
@@ -76,8 +80,13 @@ class Config(options.ProblemConfig, options.RunConfig):
     """length of the episodes of an evaluation"""
 
     @property
+    def gradient_steps(self) -> int:
+        """T, the environment steps of an estimate."""
+        return self.num_envs * self.num_steps * self.num_segments
+
+    @property
     def num_updates(self) -> int:
-        return self.total_steps // (self.num_envs * self.num_steps)
+        return self.total_steps // self.gradient_steps
 
 
 class Baseline(NamedTuple):
@@ -104,6 +113,13 @@ def adam(config: Config) -> optax.GradientTransformation:
 
 def acting(config: Config, kernel: Kernel) -> Kernel:
     return expected_kernel(kernel) if config.estimator == "exp-observations" else kernel
+
+
+def line_search(config: Config) -> conjugate.Settings:
+    """CONJPOMDP as published: it never ends, and never looks at an average reward."""
+    return conjugate.Settings(
+        config.first_step, config.tolerance, stop=0.0, bound=config.bound, safeguard=False
+    )
 
 
 def num_places(config: Config, problem: Problem) -> int:
@@ -168,9 +184,7 @@ def step(config: Config, problem: Problem, env: Env, state: State) -> tuple[Stat
     key, rollout_key = jr.split(state.key)
     kernel, ascent = state.learned
     params, static = eqx.partition(kernel, trainable(kernel))
-    settings = conjugate.Settings(
-        tolerance=config.tolerance, stop=0.0, bound=config.bound, safeguard=False
-    )
+    settings = line_search(config)
     if config.optimiser == "conjugate":
         params = conjugate.ask(ascent, settings)
     kernel = eqx.combine(params, static)
@@ -178,21 +192,28 @@ def step(config: Config, problem: Problem, env: Env, state: State) -> tuple[Stat
     def run(kernel, carry, key):
         return rollout(kernel, env, carry, num_steps=config.num_steps, key=key)[:2]
 
-    keys = jr.split(rollout_key, config.num_envs)
-    carry, trajs = vmap_envs(run, (None, 0, 0))(acting(config, kernel), state.world.carry, keys)
-    gradient, baseline = estimate(config, problem, kernel, state.world.baseline, trajs)
-    gradient, value = eqx.filter(gradient, trainable(kernel)), trajs.reward.mean()
+    def segment(world, keys):
+        envs = vmap_envs(run, (None, 0, 0))
+        carry, trajs = envs(acting(config, kernel), world.carry, keys)
+        gradient, baseline = estimate(config, problem, kernel, world.baseline, trajs)
+        found = eqx.filter(gradient, trainable(gradient)), trajs.reward.mean()
+        return World(carry, baseline), found
+
+    keys = jr.split(rollout_key, (config.num_segments, config.num_envs))
+    world, found = lax.scan(segment, state.world, keys)
+    gradient, value = jax.tree.map(lambda x: x.mean(0), found)
+    watched = {"gradient_norm": optax.tree.norm(gradient)}
     if config.optimiser == "conjugate":
         ascent = conjugate.tell(ascent, settings, value, gradient)
         params = ascent.params
+        watched["searches"] = ascent.searches * 1.0
     else:
         descent = jax.tree.map(jnp.negative, gradient)
         updates, ascent = adam(config).update(descent, ascent, params)
         moved = optax.apply_updates(params, updates)
         params = jax.tree.map(lambda x: jnp.clip(x, -config.bound, config.bound), moved)
     learned = Learned(eqx.combine(params, static), ascent)
-    report = Report(value, jnp.ones(()), {"gradient_norm": optax.tree.norm(gradient)})
-    return State(learned, World(carry, baseline), key), report
+    return State(learned, world, key), Report(value, jnp.ones(()), watched)
 
 
 def evaluate(config: Config, env: Env, state: State, key: PRNGKeyArray) -> Evaluation:
@@ -213,7 +234,7 @@ def make(config: Config) -> loop.Algorithm:
     if config.num_steps < 2 and valued:
         raise ValueError(f"num_steps is {config.num_steps}; this baseline needs at least 2")
     each = f"{config.num_envs} x {config.num_steps} steps"
-    options.check_updates(config, config.num_updates, each)
+    options.check_updates(config, config.num_updates, f"{config.gradient_steps:,} steps")
     problem = options.open_problem(config)
     options.check_controller(config, problem)
     size = 4 * config.num_seeds * config.num_envs * config.num_steps * (8 + config.num_z)
@@ -226,11 +247,11 @@ def make(config: Config) -> loop.Algorithm:
         name="gpomdp",
         init=cli.with_floats(init, config, problem, env),
         step=cli.with_floats(step, config, problem, env),
-        floats=cli.floats(config, config.num_updates, config.num_envs * config.num_steps),
+        floats=cli.floats(config, config.num_updates, config.gradient_steps),
         kernel=lambda state: acting(config, state.learned.kernel),
         evaluate=partial(evaluate, config, env),
         num_updates=config.num_updates,
-        steps_per_update=config.num_envs * config.num_steps,
+        steps_per_update=config.gradient_steps,
         num_envs=config.num_envs,
     )
 

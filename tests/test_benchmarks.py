@@ -1,6 +1,7 @@
 """The benchmark of memories compares what it says it compares, and overwrites nothing."""
 
 import csv
+import json
 import re
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import pytest
 
 from scripts.benchmarks import (
     best_controller,
+    conjpomdp,
     controllers,
     finite_memory,
     gamp_scale,
@@ -144,6 +146,37 @@ def test_controllers_are_trained_as_their_command_says(name):
     assert num_seeds > 0
     for config in methods.values():
         assert options.parse(type(config), options.words(config)) == config
+
+
+def test_controllers_that_were_trained_are_not_trained_again(tmp_path):
+    config = controllers.gamp.Config()
+    (tmp_path / "config.json").write_text(json.dumps(vars(config)))
+    (tmp_path / "summary.json").write_text('{"env_steps": 0}')
+    assert controllers.train(config, tmp_path) == {"env_steps": 0}
+    with pytest.raises(ValueError, match="was run with another costs"):
+        controllers.train(replace(config, costs=(0.5, 1.0)), tmp_path)
+
+
+def test_success_is_told_by_the_steps_of_the_first_and_the_last_seed():
+    steps = np.array([10.0, 20.0, 3000.0])
+    success = np.array([[False, True, False], [False, False, True], [False, False, False]])
+    told = "some: 2 of 3 seeds earn half of the optimum, after 20 to 3,000 steps, median 1,510"
+    assert controllers.tell_half("some", steps, success) == told
+    told = "none: 0 of 3 seeds earn half of the optimum"
+    assert controllers.tell_half("none", steps, np.zeros((3, 3), bool)) == told
+
+
+@pytest.mark.slow
+def test_conjugate_gradients_learn_heaven_hell_by_the_exact_mean_of_the_estimates():
+    for config in conjpomdp.methods().values():
+        assert options.parse(type(config), options.words(config)) == config
+    config = conjpomdp.methods()["exact-0.9"]
+    config = replace(config, num_seeds=1, total_steps=60 * config.gradient_steps)
+    trained = conjpomdp.by_the_mean(config)
+    assert trained.met.shape == (1, 60)
+    row = conjpomdp.row("exact-0.9", config, trained)
+    assert 10 < int(row.first_above) < 60
+    assert float(row.best_met) > 1 / 22
 
 
 @pytest.mark.slow

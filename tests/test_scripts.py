@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,10 +17,13 @@ from jax import lax
 from test_training_loop import assert_same_run
 
 from scripts import gamp, gpomdp, ppo, reinforce, trpo
+from spg.envs import Tabular
 from spg.kernels.factory import make_kernel
+from spg.rollout import rollout
 from spg.training import loop, options
 from spg.training.metrics import read_metrics
 from spg.training.records import open_run
+from spg.types import Env
 from spg.worlds.problems import heaven_hell
 
 ROOT = Path(__file__).parents[1]
@@ -238,6 +242,44 @@ def test_controller_scripts_refuse_what_cannot_run(script, words, message):
     )
     with pytest.raises((ValueError, OSError), match=message):
         script.make(config)
+
+
+def test_line_searches_begin_with_the_step_asked_for():
+    config = gpomdp.Config(
+        optimiser="conjugate", baseline="none", first_step=64.0, num_envs=2, num_steps=4,
+        total_steps=80,
+    )  # fmt: skip
+    algorithm = gpomdp.make(config)
+    state = algorithm.init(algorithm.floats, jr.key(0))
+    state, _ = jax.jit(algorithm.step)(algorithm.floats, state)
+    assert state.learned.optimiser.step == 64
+
+
+def test_gpomdp_takes_the_mean_over_segments_that_go_on_where_the_last_one_stopped():
+    config = gpomdp.Config(
+        estimator="istate", optimiser="conjugate", baseline="reward", num_envs=2, num_steps=4,
+        num_segments=3, total_steps=48, start_std=1.0,
+    )  # fmt: skip
+    algorithm = gpomdp.make(config)
+    assert (algorithm.num_updates, algorithm.steps_per_update) == (2, 24)
+    before = algorithm.init(algorithm.floats, jr.key(0))
+    after, report = jax.jit(algorithm.step)(algorithm.floats, before)
+    kernel, problem = before.learned.kernel, options.open_problem(config)
+    env = Tabular(problem.pomdp)
+    one = lambda carry, key: rollout(
+        kernel, Env(env, env.default_params), carry, num_steps=4, key=key
+    )
+    (carry, baseline), found = before.world, []
+    for keys in jr.split(jr.split(before.key)[1], (3, 2)):
+        carry, trajs, _ = jax.vmap(one)(carry, keys)
+        gradient, baseline = gpomdp.estimate(config, problem, kernel, baseline, trajs)
+        head: Any = gradient.head
+        found.append((head.logits, trajs.reward.mean()))
+    logits, reward = (np.mean(x, 0) for x in zip(*found, strict=True))
+    np.testing.assert_allclose(report.score, reward)
+    np.testing.assert_allclose(after.learned.optimiser.gradient.head.logits, logits, atol=1e-6)
+    np.testing.assert_allclose(after.world.baseline.reward, baseline.reward, rtol=1e-6)
+    np.testing.assert_array_equal(after.world.carry.obs, carry.obs)
 
 
 ONE_GRADIENT = replace(PPO, num_epochs=1, num_minibatches=1)

@@ -85,6 +85,7 @@ def train(config: gamp.Config | gpomdp.Config, out: Path) -> dict[str, Any]:
     if (out / "config.json").exists():
         then = json.loads((out / "config.json").read_text())
         now = {k: v for k, v in vars(config).items() if k not in records.UNSAVED}
+        now = json.loads(json.dumps(now))  # JSON has no tuples
         if differ := [k for k, v in now.items() if then.get(k) != v]:
             raise ValueError(f"{out} was run with another {', '.join(differ)}; --out elsewhere")
     resume = ["--resume"] if (out / "config.json").exists() else []
@@ -96,18 +97,34 @@ def train(config: gamp.Config | gpomdp.Config, out: Path) -> dict[str, Any]:
     return summaries.read_summary(out)
 
 
-def draw_success(task: Task, runs: dict[str, Path], path: Path) -> None:
-    """The share of seeds that earn half of the optimum, in the mean of ten updates, by steps."""
+def half_of_optimum(task: Task, run: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Steps `[T]`, and `[N, T]` whether a seed earned half of it in the ten updates before."""
+    data = metrics.read_metrics(run)
+    smooth = np.lib.stride_tricks.sliding_window_view(data["average_reward"], 10, 1).mean(-1)
+    return data["env_steps"][0, 9:], smooth > OPTIMA[task] / 2
+
+
+def tell_half(name: str, steps: np.ndarray, success: np.ndarray) -> str:
+    """How many seeds ever earn half of the optimum: the first, the last and the median."""
+    first = steps[np.argmax(success, 1)][success.any(1)]
+    told = f"{name}: {len(first)} of {len(success)} seeds earn half of the optimum"
+    if not len(first):
+        return told
+    low, middle, high = (f"{q:,.0f}" for q in np.quantile(first, (0, 0.5, 1)))
+    return f"{told}, after {low} to {high} steps, median {middle}"
+
+
+def draw_success(
+    task: Task, successes: dict[str, tuple[np.ndarray, np.ndarray]], path: Path
+) -> None:
+    """The share of seeds that earn half of the optimum, by steps."""
     figure, ax = plt.subplots(figsize=(5, 3.2))
-    for name, run in runs.items():
-        data = metrics.read_metrics(run)
-        smooth = np.lib.stride_tricks.sliding_window_view(data["average_reward"], 10, 1).mean(-1)
-        share = (smooth > OPTIMA[task] / 2).mean(0)
-        ax.plot(data["env_steps"][0, 9:], share, label=name)
+    for name, (steps, success) in successes.items():
+        ax.plot(steps, success.mean(0), label=name)
     ax.set(
         xlabel="steps of each seed", ylabel="seeds above half of the optimum", ylim=(-0.03, 1.03)
     )
-    ax.set_title(f"{task}, {len(data['average_reward'])} seeds")
+    ax.set_title(f"{task}, {len(success)} seeds")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     figure.set_layout_engine("constrained")
@@ -124,15 +141,15 @@ def main(config: Config) -> None:
     out = Path(config.out or f"runs/controllers-{config.task}")
     num_seeds = config.num_seeds or num_seeds
     rows = []
-    sampled: dict[str, Path] = {}
+    successes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     curves: dict[bool, list[plots.Curve]] = {True: [], False: []}
     for name in config.methods or methods:
         directory = out / name.replace(" ", "-").replace(",", "")
         chosen = replace(methods[name], num_seeds=num_seeds, seed=config.seed)
         summary = train(chosen, directory)
         curves[isinstance(chosen, gamp.Config)].append(summaries.read_curve(directory, name))
-        if isinstance(chosen, gpomdp.Config):
-            sampled[name] = directory
+        if isinstance(chosen, gpomdp.Config) and config.task in OPTIMA:
+            successes[name] = half_of_optimum(config.task, directory)
         low, high = summary["final_average_reward_ci95"]
         each = summary["final_average_reward"]
         rows.append(
@@ -152,13 +169,15 @@ def main(config: Config) -> None:
             title = f"{config.task}, {'exact' if exact else 'sampled'} gradients"
             name = "exact" if exact else "sampled"
             plots.learning_curve(out / f"{config.task}_{name}.png", some, title=title)
-    if sampled and config.task in OPTIMA:
-        draw_success(config.task, sampled, out / f"{config.task}_success.png")
+    if successes:
+        draw_success(config.task, successes, out / f"{config.task}_success.png")
     with (out / f"{config.task}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     print(tables.table(rows))
+    for name, success in successes.items():
+        print(tell_half(name, *success))
 
 
 if __name__ == "__main__":

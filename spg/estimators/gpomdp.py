@@ -125,6 +125,12 @@ def _alphas(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(filter_actions: bool, memory, omega, mu, start, facts):
     """`_alphas`, of ω [O, G, G], μ [O, G, A], α_0 [G] and the record (o, a, first), each [L]."""
+    memory, (alphas, _, log_prob) = _run(filter_actions, memory, omega, mu, start, facts)
+    return memory, (alphas, log_prob)
+
+
+def _run(filter_actions: bool, memory, omega, mu, start, facts):
+    """α after the record; α_t, b_t and log m_t of its steps."""
 
     def step(alpha, facts):
         obs, action, first = facts
@@ -132,36 +138,36 @@ def _scan(filter_actions: bool, memory, omega, mu, start, facts):
         prior = jnp.sum(alpha[:, None] * omega[obs], 0)
         joint = prior * mu[obs, :, action]
         m = joint.sum()
-        return joint / m if filter_actions else prior, (alpha, jnp.log(m))
+        return joint / m if filter_actions else prior, (alpha, prior, jnp.log(m))
 
     return lax.scan(step, memory, facts)
 
 
 def _scan_forward(filter_actions, memory, omega, mu, start, facts):
-    scan: Any = _scan
-    memory, (alphas, log_prob) = scan(filter_actions, memory, omega, mu, start, facts)
-    return (memory, (alphas, log_prob)), (alphas, omega, mu, facts)
+    memory, (alphas, priors, log_prob) = _run(filter_actions, memory, omega, mu, start, facts)
+    return (memory, (alphas, log_prob)), (alphas, priors, omega, mu, facts)
 
 
 def _scan_backward(filter_actions, saved, cotangents):
     """λ_t = ∂/∂α_t, backward in time; ω gathers its share after the scan, by one product."""
-    alphas, omega, mu, facts = saved
+    alphas, priors, omega, mu, facts = saved
     by_memory, by_steps = cotangents
+    back = jnp.swapaxes(omega, 1, 2)  # sums over the first axis are quicker on a CPU
 
     def step(by_alpha, inputs):
-        alpha, (obs, action, first), (by_this, by_log) = inputs
-        move, act = omega[obs], mu[obs, :, action]
-        prior = jnp.sum(alpha[:, None] * move, 0)
-        m = jnp.vdot(prior, act)
+        prior, (obs, action, first), (by_this, by_log) = inputs
+        act = mu[obs, :, action]
+        joint = prior * act
+        m = joint.sum()
         if filter_actions:
-            by_joint = (by_log + by_alpha - jnp.vdot(by_alpha, prior * act) / m) / m
+            by_joint = (by_log + by_alpha - jnp.sum(by_alpha * joint) / m) / m
             by_prior, by_act = by_joint * act, by_joint * prior
         else:
             by_prior, by_act = by_alpha + by_log * act / m, by_log * prior / m
-        before = jnp.sum(move * by_prior, 1) + by_this
+        before = jnp.sum(back[obs] * by_prior[:, None], 0) + by_this
         return jnp.where(first, 0, before), (by_prior, by_act, first * before)
 
-    inputs = alphas, facts, by_steps
+    inputs = priors, facts, by_steps
     by_memory, (by_prior, by_act, by_start) = lax.scan(step, by_memory, inputs, reverse=True)
     obs, action, _ = facts
     seen = jax.nn.one_hot(obs, len(omega), dtype=omega.dtype)
