@@ -69,11 +69,11 @@ def warm(law: Vector, guess: Vector) -> tuple[Callable, Callable]:
     """Both solvers, from the solution of other equations and a little of the start."""
     begin = lambda start: law + 1e-6 * (start - law)  # so that every class has some mass
     again = lambda push, start, tol: arnoldi(push, begin(start), tol)
-    return again, partial(krylov_bias, solver=bicgstab, guess=guess)
+    return again, partial(krylov_bias, solver=partial(bicgstab, max_steps=1_000), guess=guess)
 
 
 def plain(pull: Apply, gain: Vector, law: Vector, tol: Array) -> tuple[Vector, Array]:
-    return krylov_bias(pull, gain, law, tol, solver=bicgstab)
+    return krylov_bias(pull, gain, law, tol, solver=partial(bicgstab, max_steps=1_000))
 
 
 def scaled(pull: Apply, gain: Vector, law: Vector, tol: Array) -> tuple[Vector, Array]:
@@ -96,7 +96,8 @@ def jacobi(
 def solved(closed: Apply, rhs: Vector, tol: Array) -> tuple[Vector, Array]:
     scale = jnp.max(jnp.abs(rhs))
     operator = lx.FunctionLinearOperator(closed, jax.eval_shape(lambda: rhs))
-    found = lx.linear_solve(operator, rhs / scale, bicgstab(tol), throw=False)
+    solver = bicgstab(tol, max_steps=1_000)
+    found = lx.linear_solve(operator, rhs / scale, solver, throw=False)
     return scale * found.value, 1 + 2 * jnp.asarray(found.stats["num_steps"])
 
 
