@@ -126,6 +126,7 @@ def test_variants_of_the_solvers_solve_what_they_should(tmp_path):
     assert products["warm"] < products["cold"]
 
 
+@pytest.mark.slow
 def test_probability_to_stay_is_the_diagonal_of_the_chain():
     pomdp = load_unload().pomdp
     with jax.enable_x64(True):
@@ -215,6 +216,7 @@ def test_two_successors_find_what_one_and_all_do_not():
     assert best[1] > 0.2 > max(best[0], best[2])
 
 
+@pytest.mark.slow
 def test_the_search_for_the_best_controller_solves_load_unload():
     """Where no reward is negative the stages are alike, and every method ends at what is best."""
     config = best_controller.Config(num_seeds=2, num_random=1, num_updates=70, num_kicks=1)
@@ -230,6 +232,7 @@ def test_the_search_for_the_best_controller_solves_load_unload():
     assert value > 0.249
 
 
+@pytest.mark.slow
 def test_a_step_of_pentagon_is_worth_what_full_sight_earns():
     """.0503430 by value iteration elsewhere; bounds fall with the price of a step."""
     with jax.enable_x64(True):

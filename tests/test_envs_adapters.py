@@ -63,6 +63,7 @@ def test_adapter_replays_the_raw_environment(name):
     assert_all_equal(mine, (obs, next_obs, action, *rest, final_obs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "velocities", "size"),
     [

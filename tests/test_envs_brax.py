@@ -105,6 +105,7 @@ def test_typed_and_legacy_keys_agree():
     assert jax.eval_shape(step, jr.PRNGKey(0)) == jax.eval_shape(step, jr.key(0))
 
 
+@pytest.mark.slow
 def test_a_step_leaves_the_callers_state_alone():
     env, params, _ = pendulum()
     _, state = env.reset(jr.key(0), params)

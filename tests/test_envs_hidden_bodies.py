@@ -61,6 +61,7 @@ def hidden(mass, payload=0.0, wind=0.0):
 SLOW = [pytest.param(*x, marks=pytest.mark.slow) for x in [("positional", 1.0, 1.0), ("mjx", 0, 2)]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "power", "nominal"), [("generalized", 0.0, 2.0), ("spring", 1.0, 1.0), *SLOW]
 )
@@ -119,6 +120,7 @@ def episodes():
     return env, oracle, run(jr.key(0))
 
 
+@pytest.mark.slow
 def test_values_are_drawn_anew_at_every_reset_and_stay_for_the_episode():
     *_, state, truncated, _ = episodes()[2]
     drawn = np.stack([np.ravel(x) for x in state.hidden], 1).reshape(100, 3, 3)

@@ -242,6 +242,7 @@ def sizes():
         yield pytest.param(name, marks=[] if quick else [pytest.mark.slow])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sizes())
 def test_a_task_is_the_original(name, monkeypatch):
     popgym = pytest.importorskip("popgym")
@@ -255,6 +256,7 @@ def test_a_task_is_the_original(name, monkeypatch):
         assert met == {end: task not in tasks for end, tasks in NEVER.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [

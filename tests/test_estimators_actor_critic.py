@@ -121,6 +121,7 @@ def mode_trajectory(kernel):
     return Transition(obs, z, action, z_next, reward, first, first[::-1], ~first & first, obs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["drawn", "computed"])
 def test_without_noise_the_gradient_is_that_of_the_return(cell):
     """Theorem 2.3, at any L where z' is drawn; where z' is computed, L is the episode's or more."""
@@ -245,6 +246,7 @@ def _make_critic(z_size, key, jitter_key):
     return jitter(critic, jitter_key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["computed", "drawn"])
 def test_gradients_run_in_time_by_actions_where_z_is_computed_and_nowhere_else(cell):
     """Against loops over the steps: stop_gradient at Q's z', or at the z of each step."""
@@ -416,6 +418,7 @@ def conditional(seen, traj, prob, t):
     return Moment(weight, total / weight)
 
 
+@pytest.mark.slow
 def test_a_markov_critic_needs_z_next_alone_and_another_needs_z_too():
     """Q(s, z, a, z') is the same for both z, and that of the linear equations; Q(o, z, a, z') not.
 

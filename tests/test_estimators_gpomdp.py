@@ -125,6 +125,7 @@ def test_estimates_of_the_controller_are_unbiased(name, with_baseline):
     assert_trees_close(mean, eqx.filter(truth, eqx.is_inexact_array), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_exp_by_observations_is_unbiased_for_the_policy_that_draws_actions_apart():
     """Its own gradient is not the controller's, and not what the controller's acts give."""
     pomdp, kernel = make_pomdp(jr.key(0)), make_finite_kernel(jr.key(1))
@@ -218,6 +219,7 @@ def trajectory(kernel, *, starts=(0,)):
     return integers(make_trajectory(kernel, jr.key(2), num_steps=12, starts=starts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_segments_give_the_numbers_of_single_steps(name):
     kernel = random_controller(4, 2, 2, out_degree=2, std=1.0, key=jr.key(1))
@@ -269,6 +271,7 @@ def test_gradient_is_the_mean_of_segments_with_empty_traces(name):
     assert_trees_close(gradient, mean, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_the_filter_by_observations_is_the_policy_that_acts():
     """The likelihood equals log π of `expected_kernel` on the same record."""
     kernel = make_finite_kernel(jr.key(1))

@@ -150,6 +150,7 @@ def test_the_record_is_complete(product):
     assert np.isclose(jnp.sum(record.prob * draws(kernel, record)), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "estimator",
     [first_visits, from_window_start, expected_component, expected_component_of_windows],
@@ -257,6 +258,7 @@ def open_env(world, **words):
     return Env(tabular, tabular.default_params)
 
 
+@pytest.mark.slow
 def test_hold_holds_the_component_in_its_window_alone(world):
     kernel = held_kernel(certain_logits(POLICIES, 2), k=K)
     run = partial(held_trajectory, kernel, open_env(world), jnp.array(2), num_steps=60)

@@ -161,6 +161,7 @@ def test_optimum_of_ls_iq_on_a_tabular_mixture(occupancies):
     assert np.allclose(imitation.implicit_reward(best, best, ~alive, gamma=0.9), best)
 
 
+@pytest.mark.slow
 def test_baselines_of_iq_learn_have_the_same_mean(occupancies):
     """E_π[Q - γ V'] = E_d[V - γ V'] = (1 - γ) E V(s_0), d of the policy and d of the expert."""
     gamma, q_value = 0.9, jr.normal(jr.key(3), (2, 2))
@@ -248,6 +249,7 @@ def test_the_gradient_of_a_drawn_memory_is_that_of_the_bound(num_draws):
     assert errors(0.0) > 6
 
 
+@pytest.mark.slow
 def test_the_likelihood_of_draws_is_a_bound_that_tightens():
     kernel = make_finite_kernel(jr.key(0))
     steps = record(kernel, OBS)
@@ -266,6 +268,7 @@ def test_the_likelihood_of_draws_is_a_bound_that_tightens():
     assert abs(many[0] - exact) < 0.03 < exact - bound
 
 
+@pytest.mark.slow
 def test_the_likelihood_of_a_computed_memory_is_exact_with_its_gradient():
     """Against a loop over the steps, through time."""
     kernel = make_kernel("gru", jr.key(0))

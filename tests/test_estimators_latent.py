@@ -114,6 +114,7 @@ def draws(model, seq, count):
     return jax.vmap(one)(jr.split(jr.key(9), count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [(), (2,)])
 def test_weights_of_latents_average_to_the_likelihood_and_no_bound_exceeds_it(first):
     """E_q p(x, y) / q(y) = p(x) for every q, of a sequence and of two episodes in one."""
@@ -164,6 +165,7 @@ def with_mean(model, name, weight, bias, spread):
     return with_affine(model, name, weight, jnp.concatenate([bias, spread]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [(), (2,)])
 def test_the_bound_is_the_likelihood_less_the_kl_to_the_exact_posterior(first):
     """So with the exact posterior it is the likelihood."""

@@ -132,6 +132,7 @@ def slow_objective(kernel, old, step, slope, delta, rest, clip, kl_coef=0.3):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "clip"), [("linear", 0.05), ("linear", 0.5), ("lru", 0.5)])
 def test_away_from_the_recorded_policy_moves_are_clipped(name, clip):
     old = make_kernel(name, jr.key(0), state_std=STD)
@@ -190,6 +191,7 @@ def test_a_state_that_cannot_follow_is_refused():
         mixed_terms(kernel, lambda obs, z: 0.0, steps, delta, delta, gamma=GAMMA)
 
 
+@pytest.mark.slow
 def test_ppo_divides_what_it_has_into_parts_that_make_up_the_advantage():
     """Segment by segment, in whatever order: slopes of the critic before it is rescaled, too."""
     config = ppo.Config(num_envs=3, num_steps=8, num_minibatches=3, segment_length=4, hidden=(4,))

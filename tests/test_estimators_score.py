@@ -362,6 +362,7 @@ def test_a_parameter_without_a_score_has_no_gradient():
     assert out[1] != 0
 
 
+@pytest.mark.slow
 def test_path_sums_of_the_variance_bounds_have_their_closed_forms():
     """Golden: Z = ½, T = 5 gives 0 + 1 + 1.5 + 1.75 + 1.875 = 6.125, squares 9.828125."""
     assert path_sums(0.5, 5) == (6.125, 9.828125)

@@ -48,6 +48,7 @@ ENVS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", ENVS)
 def test_statistics_move_ppo_by_less_than_its_updates_do(env):
     """From the first update on: KL of the joint policy, mean square of the value."""
@@ -122,6 +123,7 @@ def trajectories(kernel):
     return trajs._replace(obs=3 * trajs.obs)
 
 
+@pytest.mark.slow
 def test_statistics_of_a_kernel_stay_without_an_update_and_go_all_the_way_after_a_large_one():
     kernel = make_kernel("gru", jr.key(0), state_std=0.3)
     trajs = trajectories(kernel)
@@ -145,6 +147,7 @@ def test_statistics_of_a_critic_stay_without_an_update_and_go_all_the_way_after_
     assert moved.normalizer.count == 36
 
 
+@pytest.mark.slow
 def test_a_gradient_step_of_ppo_survives_any_ratio():
     """In single precision, with advantages of both signs."""
     config = ppo.Config(**SMALL)

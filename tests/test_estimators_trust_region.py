@@ -174,6 +174,7 @@ def around(x):
 LIMITS = (1e-4, 0.1, 3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "state_std"), [("gru", 0.3), ("finite", None)])
 def test_no_step_is_taken_beyond_the_limit_of_kl_or_downhill(name, state_std):
     """For limits of any size and advantages of any sign, alone and side by side."""
@@ -231,6 +232,7 @@ def test_a_step_along_a_line_is_as_long_as_the_limit():
     assert gradient[0] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_kl", [1e-8, 1e-3, 0.3])
 def test_the_return_improves_at_least_as_the_theorem_says(max_kl):
     """Schulman et al. (2015), theorem 1, on the chain of (s, z) with choices (a, z'):

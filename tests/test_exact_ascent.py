@@ -55,6 +55,7 @@ def test_no_law_falls_short_by_more_than_the_bound(random_worlds):
     assert (gaps <= bounds).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mirror", "projected"])
 def test_ascent_is_monotone_and_ends_as_the_theorem_says(random_worlds, method):
     """After every number of steps, for every k; and the worst gap falls with k."""

@@ -109,6 +109,7 @@ def test_gradient_is_that_of_the_dense_solve_and_of_central_differences(name):
     assert np.allclose(difference, slope, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["damped", *map(slow, ("default", "gmres", "bicgstab"))])
 def test_every_solver_finds_the_law_and_the_differential_values(name):
     pomdp = random_world()
@@ -142,6 +143,7 @@ def test_the_two_applications_of_the_chain_are_transposes(block, monkeypatch):
     assert np.allclose(pull(x), jnp.einsum("sgth,th->sg", chain, x), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_blocks_of_states_change_nothing(monkeypatch):
     pomdp, kernel = sparse(random_world()), sparse_kernel(3, 3)
     for world in (pomdp, dense(pomdp)):
@@ -276,6 +278,7 @@ def apply(chain):
     return lambda d: (d[:, 0] @ chain)[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [slow(np.float64), np.float32])
 def test_arnoldi_finds_the_limit_from_the_start_in_chains_of_two_classes(dtype):
     """Of 2 to 50 states each, also periodic, and with transient states ahead of them."""
@@ -363,6 +366,14 @@ def test_a_slow_direction_is_seen_whatever_the_states():
     assert misplaced < 1e-15
 
 
+def test_mass_of_many_entries_in_single_precision():
+    """Added one by one, 2^24 entries of 2^-24 lose 1 % of their sum."""
+    d = jr.exponential(jr.key(0), (2**21, 8), np.float32)
+    label = 1 + jnp.broadcast_to(jnp.arange(8) // 6, d.shape)
+    mass = jax.jit(solvers._mass)(label, d / d.sum())
+    assert np.allclose(mass[:4], [0, 3 / 4, 1 / 4, 0], atol=1e-3)
+
+
 def few(leak=0.0):
     """A cycle, two classes of different η, two of equal η, a state out of reach, and a leak."""
     successors = np.array([[1, 2, 0], [0, 1, 2], [0, 1, 2], [1, 0, 2], [0, 1, 2]])
@@ -391,6 +402,7 @@ def test_awkward_chains(name):
     assert (solution.stationary_error < 1e-10).all()
 
 
+@pytest.mark.slow
 def test_the_script_reports_no_average_reward_that_a_leak_makes_wrong():
     """A leak of 1e-4 a step ends at 0 all the same; one of 1e-14 is told from none at all."""
     kernel = finite_kernel(jnp.zeros((1, 3, 1)), jnp.zeros((1, 3, 1)))

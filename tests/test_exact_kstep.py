@@ -63,6 +63,7 @@ def test_sparse_worlds_have_the_same_solution(k):
         assert np.allclose(x, y, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_sparse_worlds_that_show_one_thing_a_state_have_the_same_solution():
     """There the products are those of `policy_chains`; of all k and weights at once."""
     problem = traps.random_aggregated(30, 3, 3, seed=2)
@@ -196,6 +197,7 @@ def test_two_states_return_is_the_convex_quadratic():
     assert abs(slope[3]) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("m", "k"), [(2, 2), (2, 3), (3, 5), (3, 10)])
 def test_a_shared_draw_matches_numbers_below_the_threshold(m, k):
     golden = {(2, 2): 0.3321033, (2, 3): 0.4972376, (3, 5): 0.4207566, (3, 10): 0.6428937}
@@ -262,6 +264,7 @@ def test_one_agent_alone_cannot_leave_the_poor_match():
     assert (gradient <= gradient[:, :1] + 1e-12).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_many_worlds_at_once_are_solved_as_each_alone():
     """Of a batch this large, XLA on a CPU got products with broadcast vectors wrong, once."""

@@ -17,6 +17,7 @@ from spg.worlds.problems import load_unload
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+@pytest.mark.slow
 def test_direct_gradient_is_that_of_the_dense_solve_and_of_discounted_values():
     pomdp, kernel = make_pomdp(jr.key(0)), make_finite_kernel(jr.key(1))
 
@@ -53,6 +54,7 @@ def test_two_recurrent_classes_have_no_average_reward():
     assert not solution.converged
 
 
+@pytest.mark.slow
 def test_natural_gradient_solves_the_fisher_system():
     """F = E[∇log ωμ ∇log ωμᵀ] over the joint distribution of (o, g, h, a), written out."""
     pomdp = make_pomdp(jr.key(0))

@@ -40,6 +40,7 @@ def test_tiger_earns_what_is_known_of_it():
     assert np.isclose(follows(world, solved, 0.95), solved.lower, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "problem",
     [
@@ -57,6 +58,7 @@ def test_worlds_of_finitely_many_beliefs_are_solved(problem):
     np.testing.assert_allclose(follows(world, solved, gamma), best, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_bounds_enclose_what_all_histories_allow(seed):
     world, gamma = make_pomdp(jr.key(seed)), 0.5

@@ -24,6 +24,7 @@ def make_world(rng, num_states, num_actions):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_states", "num_actions", "block"), [(40, 3, 1024), (40, 3, 16), (6, 1, 1024)]
 )

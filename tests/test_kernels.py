@@ -322,6 +322,7 @@ def products(jaxpr):
             yield from products(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gru", "linear"])
 def test_many_single_steps_are_scored_by_products_of_matrices(name):
     """`[N, 1, n] @ [n, m]` would become a sum of products, which is several times slower."""

@@ -26,6 +26,7 @@ def make(head, correlation):
     return Exploring(kernel, 2, correlation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_the_noise_is_a_share_of_the_last_one_and_z_is_as_without(head):
     obs, key, noise = jnp.ones(2), jr.key(2), jnp.array([0.5, -2.0])

@@ -60,6 +60,7 @@ def test_a_graph_that_chance_does_not_connect_gets_a_cycle():
     assert count == 1
 
 
+@pytest.mark.slow
 def test_istates_that_hold_are_their_own_successors():
     kernel = random_controller(5, 3, 2, out_degree=3, hold=4.0, key=jr.key(0))
     table = tables(kernel, jnp.arange(3))

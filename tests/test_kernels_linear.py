@@ -87,6 +87,7 @@ def test_lru_starts_in_its_ring_with_inputs_of_unit_variance():
     assert np.allclose(np.abs(decay) ** 2 + np.exp(unit.gamma) ** 2, 1, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_gated_unit_is_that_of_griffin():
     unit, (obs, z, _, _) = make("gated"), data()
     r, i, x = np.split(np.asarray(unit.inputs.weight @ obs[0] + unit.inputs.bias), 3)
@@ -153,6 +154,7 @@ def test_a_leaky_filter_of_the_swap_chain_has_the_golden_gaps():
     assert np.allclose(w[:, 0] - w[:, 1], gaps, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_layer_sees_the_gated_state_of_the_layer_below():
     stack, (obs, z, _, _) = make("stack"), data("stack")
     state = call(stack.units[0], obs[0], z[:1])

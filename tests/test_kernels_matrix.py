@@ -134,6 +134,7 @@ def test_a_delta_rule_replaces_the_value_at_a_key_exactly():
     assert not np.allclose(k[0] @ added[0], v[0], rtol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["auto", "associative"])
 @pytest.mark.parametrize("name", CELLS)
 def test_a_segment_of_matrices_is_its_steps_in_value_and_gradient(name, method):

@@ -67,6 +67,7 @@ def is_fixed(path):
     return not {"normalizer", "z0", "mean_square", "count", "filter"}.isdisjoint(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_floats_are_learned_but_for_statistics_starts_and_models(name):
     kernel = KERNELS[name]()

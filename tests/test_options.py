@@ -452,6 +452,7 @@ def advantage(*shape):
     return gae(x, jnp.zeros(shape), x, NO, NO, gamma=1.0, gae_lambda=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "message"),
     [

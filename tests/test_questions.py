@@ -142,6 +142,7 @@ def case():
         yield world, kernel, trajectories(kernel, world, num_steps=2)
 
 
+@pytest.mark.slow
 def test_exact_gradient_of_the_noise_free_policy_is_theorem_2_3(case):
     """Local derivatives alone: ∇f^z ∂Q/∂z' and ∇μ Q at each step, weighted by probability."""
     world, kernel, _ = case

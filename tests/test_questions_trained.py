@@ -164,6 +164,7 @@ def test_credit_is_not_biased_by_few_episodes():
     assert abs(found.mean()) < 4 * found.std() / 500**0.5
 
 
+@pytest.mark.slow
 def test_every_training_can_be_made_and_has_its_own_directory():
     for trainings in trained.TRAININGS.values():
         found = trainings()

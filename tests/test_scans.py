@@ -70,6 +70,7 @@ def test_linear_scan_solves_the_recurrence(form, dtype, num_steps):
             assert np.allclose(x, truth, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reverse", "dtype"), [(False, float), (True, complex)])
 @pytest.mark.parametrize("form", FORMS)
 def test_linear_scan_has_the_gradients_of_a_plain_loop(form, reverse, dtype):
@@ -187,6 +188,7 @@ def test_over_steps_is_vmap(num_steps):
     assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
 
 
+@pytest.mark.slow
 def test_shuffle_is_a_permutation_and_every_order_is_as_likely():
     keys = jr.split(jr.key(0), 24 * 400)
     orders = np.asarray(jax.vmap(lambda k: shuffle(4, key=k))(keys))

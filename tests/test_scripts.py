@@ -76,6 +76,7 @@ def test_ppo_runs_with_every_memory(memory, tmp_path):
     assert ((data["kl_z"] > 0).all()) == (memory in ("s2pg", "kstep"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "memory", ["s2pg", *(slow(x) for x in ("bptt", "window", "kstep", "none", "oracle"))]
 )
@@ -200,6 +201,7 @@ def test_gamp_follows_natural_gradients(tmp_path):
     assert (data["average_reward"][:, 1] > data["average_reward"][:, 0]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimator", "optimiser", "baseline"),
     [
@@ -244,6 +246,7 @@ def test_controller_scripts_refuse_what_cannot_run(script, words, message):
         script.make(config)
 
 
+@pytest.mark.slow
 def test_line_searches_begin_with_the_step_asked_for():
     config = gpomdp.Config(
         optimiser="conjugate", baseline="none", first_step=64.0, num_envs=2, num_steps=4,
@@ -255,6 +258,7 @@ def test_line_searches_begin_with_the_step_asked_for():
     assert state.learned.optimiser.step == 64
 
 
+@pytest.mark.slow
 def test_gpomdp_takes_the_mean_over_segments_that_go_on_where_the_last_one_stopped():
     config = gpomdp.Config(
         estimator="istate", optimiser="conjugate", baseline="reward", num_envs=2, num_steps=4,

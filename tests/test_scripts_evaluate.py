@@ -60,6 +60,7 @@ def test_table_and_csv_tell_the_returns_of_each_seed(tmaze, capsys, monkeypatch)
     assert rows[-1].endswith("rollout.html; its viewer comes from the network")
 
 
+@pytest.mark.slow
 def test_a_world_without_end_is_measured_by_its_average_reward(tmp_path, capsys):
     config = gamp.Config(problem="loadunload", num_z=2, out_degree=2, num_seeds=2)
     problem = spg.worlds.WORLDS["loadunload"]()

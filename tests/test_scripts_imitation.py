@@ -43,6 +43,7 @@ def expert(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "config", "words"),
     [
@@ -105,6 +106,7 @@ def test_the_reward_of_the_environment_is_not_learned_from(script, config):
     assert largest_difference(start.learned.kernel.head, state.learned.kernel.head) > 1e-5
 
 
+@pytest.mark.slow
 def test_both_buffers_are_refreshed():
     """z' of the demonstrations is the policy's own: sampled at the start, and after updates."""
     env = options.make_env(LSIQ)
@@ -120,6 +122,7 @@ def test_both_buffers_are_refreshed():
     assert_trees_close(kept(state.learned.expert.steps), kept(moved.learned.expert.steps))
 
 
+@pytest.mark.slow
 def test_slopes_of_the_discriminator_are_those_in_standardised_states():
     env = options.make_env(GAIL)
     state = jax.jit(partial(gail.init, GAIL, env, expert=make()))(jr.key(0))
@@ -134,6 +137,7 @@ def test_slopes_of_the_discriminator_are_those_in_standardised_states():
     np.testing.assert_allclose(found, want, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_learning_rates_fall_linearly():
     """After n of N gradient steps 1 - (1 - final) n / N of each is left."""
     config = replace(LSIQ, final_rate=0.2, total_steps=16)  # 2 updates of 2 gradient steps
@@ -191,6 +195,7 @@ def test_demonstrations_of_a_run_are_made_and_imitated(tmp_path, monkeypatch, ca
     two_updates(clone, replace(CLONE, demonstrations=path), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_best_seed_is_recorded(tmp_path, monkeypatch):
     config = replace(demonstrate.DEFAULT, num_seeds=2, hidden=(2,), seed=3, out=None)
     (tmp_path / "config.json").write_text(json.dumps({"name": "ppo"} | asdict(config)))

@@ -19,6 +19,7 @@ def read(path):
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_gap_falls_with_k_below_the_bound(tmp_path, capsys):
     """The default, of fewer worlds: its table, its picture, and that it is not overwritten."""
     config = kstep.Config(num_runs=5, k=(1, 4, 16), out=str(tmp_path / "run"))
@@ -52,6 +53,7 @@ def test_every_method_runs(problem, method, gradient, tmp_path):
     assert np.isfinite([list(row.values()) for row in read(out / "gap.csv")]).all()
 
 
+@pytest.mark.slow
 def test_policies_too_many_to_list_are_ascended_by_samples(tmp_path):
     """Matching with m = 3, 3^8 policies: the gap is to full sight, where both agents go up."""
     out = tmp_path / "run"

@@ -48,6 +48,7 @@ def checked_updates(script, config, tmp_path):
     return data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "config", "words"),
     [
@@ -73,6 +74,7 @@ def test_two_updates(script, config, words, tmp_path):
         assert kept[:, -1].all() != learned
 
 
+@pytest.mark.slow
 def test_every_second_environment_explores_and_the_others_are_reported():
     config = replace(SAC, num_steps=12)  # episodes have 5 steps
     env = options.make_env(config, oracle=False)

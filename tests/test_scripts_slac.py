@@ -45,6 +45,7 @@ def start():
     return jax.jit(partial(slac.init, SLAC, options.make_env(SLAC)))(jr.key(0))
 
 
+@pytest.mark.slow
 def test_a_gradient_step_moves_all_weights_and_each_loss_its_own(start):
     """The model moves by its bound alone, so not at all where its rate is 0."""
 
@@ -80,6 +81,7 @@ def test_where_every_episode_has_ended_the_actor_has_nothing_to_learn(start):
         assert (largest_difference(kernel, start.learned.kernel) == 0) == terminated
 
 
+@pytest.mark.slow
 def test_the_model_is_fitted_once_before_the_first_update(start):
     fit = jax.jit(partial(slac.fit, SLAC))
     once = fit(start.learned, start.world.ring, jr.key(1))

@@ -199,6 +199,7 @@ def test_sizes_are_those_of_what_is_shown():
         demonstrations.check_sizes("x", make(), spec, **words)
 
 
+@pytest.mark.slow
 def test_recorded_episodes_are_the_experts(monkeypatch):
     """On CartPole, where episodes end at different times and return their length."""
     monkeypatch.setattr(experts, "EPISODES", 3)

@@ -94,6 +94,7 @@ def test_a_film_of_physics_is_a_picture_and_an_animation(tmp_path):
     assert all(path.stat().st_size > 5_000 for path in written)
 
 
+@pytest.mark.slow
 def test_a_finite_world_is_drawn_with_its_names_and_an_endless_one_for_100_steps(
     tmp_path, monkeypatch
 ):
@@ -109,6 +110,7 @@ def test_a_finite_world_is_drawn_with_its_names_and_an_endless_one_for_100_steps
     assert action.names == ("left", "right")
 
 
+@pytest.mark.slow
 def test_a_film_of_a_finite_world_shows_the_state_it_is_in(tmp_path, monkeypatch):
     drawing = finite_world(4, ("north", "east", "south", "west"))
     axes = Figure().subplots()

@@ -40,6 +40,7 @@ def one_device(monkeypatch):
 WALK = walk.Config(num_seeds=2, num_updates=8, eval_episodes=1)
 
 
+@pytest.mark.slow
 def test_points_are_ranked_and_the_best_is_a_command_line(tmp_path, capsys):
     rows = grid(walk, WALK, tmp_path, "rate 0.25 inf", "unrolled 1 0")
     said = capsys.readouterr()

@@ -127,6 +127,7 @@ def test_interruption_is_one_line_and_status_130_at_any_time(tmp_path, start):
     assert not (tmp_path / "compile" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_with_one_line_and_does_not_hang_it(tmp_path, start):
     out = tmp_path / "run"
     process = start(*WALK, "--num-updates=2000", "--out", str(out), file_size=20)  # KiB

@@ -212,6 +212,7 @@ def learn(ring, rows, key):
     return ring, apart["a"] + apart["b"]
 
 
+@pytest.mark.slow
 def test_rings_side_by_side_are_each_as_alone():
     rings = [fill(8, written, 2) for written in (6, 12)]
     rows, keys = [make_rows(20 + 2 * i, 2, 2) for i in range(2)], jr.split(jr.key(3))

@@ -68,6 +68,7 @@ def long_run_reward(kernel, pomdp):
     return jnp.einsum("sg,sgha,sa->", d, joint_policy(kernel, pomdp), pomdp.reward)
 
 
+@pytest.mark.slow
 def test_average_reward_of_an_interrupted_world_is_a_discounted_return():
     """Of a controller that returns to its first I-state where the world begins; of others not."""
     problem, gamma = rooms(3, 2), 0.8

@@ -553,6 +553,7 @@ def large_file(form):
     return "".join(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["entries", "matrix"])
 def test_large_file_is_read_in_two_seconds(form):
     """Twice that is allowed to a busy machine. The annotations' checks are included."""

@@ -198,7 +198,7 @@ def conditioning(
 
     def look(state):
         label = _classes(push, d, state[0] == 1)
-        mass = lambda v: jnp.zeros(d.size + 1, d.dtype).at[label].add(v)
+        mass = partial(_mass, label)
         share = jnp.where(label > 0, d / jnp.where(label > 0, mass(d)[label], 1), 0)
         massless = lambda v: v - share * mass(v)[label]
 
@@ -219,10 +219,22 @@ def conditioning(
         arrive = lambda state: (push(state[0]), state[1] + 1)
         waiting = lambda state: (outside(state[0]) > jnp.finfo(d.dtype).eps) & (state[1] < 10_000)
         arrived = lax.while_loop(waiting, arrive, (start, 0))[0]
-        return state[0] + 1, sigma, jnp.abs(mass(arrived) - mass(d)).sum()
+        return state[0] + 1, sigma, jnp.abs(mass(arrived - d)).sum()
 
     going = lambda state: (state[0] == 0) | (state[0] == 1) & (state[1] < enough)
     return lax.while_loop(going, look, (0, zero, zero))[1:]
+
+
+def _mass(label: Int[Array, "S G"], v: Vector) -> Float[Array, " N"]:
+    """Σ v in each class.
+
+    The second sum, of what differs from a class's mean, makes up for the rounding of the first,
+    which in single precision loses 7 % of the mass of 3 x 10^7 entries.
+    """
+    add = lambda v: jnp.zeros(label.size + 1, v.dtype).at[label].add(v)
+    rough, size = add(v), jnp.maximum(add(jnp.ones_like(label)), 1)
+    rest = lax.optimization_barrier(add(v - (rough / size)[label]))  # else added up onto `rough`
+    return rough + rest
 
 
 def _classes(push: Apply, d: Vector, wanted: Bool[Array, ""]) -> Int[Array, "S G"]:
