@@ -39,7 +39,7 @@ TINY = memory.Config(
 NAMES = ["none", "none-wide", "none-deep", "S2PG", "S2PG score", "BPTT-T", "BPTT-T associative"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_measure_times_every_program_in_every_repeat():
     """One rollout serves both forms of BPTT."""
     names = ["S2PG", "BPTT-T", "BPTT-T associative"]
@@ -91,7 +91,7 @@ def test_segment_lengths_must_divide_the_rollout(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gamp_benchmark_compares_solvers_that_agree(tmp_path, monkeypatch, capsys):
     tiny = gamp_scale.Case(lambda: tiger().pomdp, 2, 2, num_seeds=1)
     monkeypatch.setitem(gamp_scale.CASES, "tiny", tiny)
@@ -113,7 +113,7 @@ def test_gamp_benchmark_compares_solvers_that_agree(tmp_path, monkeypatch, capsy
     assert re.search(r"^tiny +8 +damped", capsys.readouterr().out, re.MULTILINE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_variants_of_the_solvers_solve_what_they_should(tmp_path):
     config = gamp_variants.Config(
         cases=("heavenhell",), repeats=1, steps=(0.1,), out=str(tmp_path / "run")
@@ -167,7 +167,7 @@ def test_success_is_told_by_the_steps_of_the_first_and_the_last_seed():
     assert controllers.tell_half("none", steps, np.zeros((3, 3), bool)) == told
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_conjugate_gradients_learn_heaven_hell_by_the_exact_mean_of_the_estimates():
     for config in conjpomdp.methods().values():
         assert options.parse(type(config), options.words(config)) == config
@@ -180,7 +180,7 @@ def test_conjugate_gradients_learn_heaven_hell_by_the_exact_mean_of_the_estimate
     assert float(row.best_met) > 1 / 22
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_expectation_over_istates_lowers_the_variance():
     config = gpomdp_variance.Config(
         num_controllers=1, num_runs=100, num_steps=100, stds=(0.5,), betas=(0.9,)
@@ -193,7 +193,7 @@ def test_expectation_over_istates_lowers_the_variance():
     assert all(r.cosine > 0.8 for r in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_an_istate_holds_gives_a_gradient_that_samples_can_see():
     config = gpomdp_signal.Config(
         num_z=8, num_controllers=2, num_runs=100, num_steps=200, starts=((0.0, 0.0), (0.0, 4.0)),
@@ -206,7 +206,7 @@ def test_what_an_istate_holds_gives_a_gradient_that_samples_can_see():
     assert half.average_reward > 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_successors_find_what_one_and_all_do_not():
     config = outdegree.Config(num_seeds=4, num_updates=40)
     best = [
@@ -216,7 +216,7 @@ def test_two_successors_find_what_one_and_all_do_not():
     assert best[1] > 0.2 > max(best[0], best[2])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_search_for_the_best_controller_solves_load_unload():
     """Where no reward is negative the stages are alike, and every method ends at what is best."""
     config = best_controller.Config(num_seeds=2, num_random=1, num_updates=70, num_kicks=1)
@@ -245,7 +245,7 @@ def test_a_step_of_pentagon_is_worth_what_full_sight_earns():
         assert less[21].max() < q[21].max() - 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kstep_gradients_are_those_of_the_loops(tmp_path):
     """Dense loops over many worlds, and sparse ones in a large world, whose times are compared."""
     config = kstep.Config(num_worlds=3, bins=3, repeats=1)
@@ -262,7 +262,7 @@ TIMES = offpolicy_times.Config(
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_times_of_off_policy_training_are_of_every_method(tmp_path):
     rows = offpolicy_times.main(replace(TIMES, algorithms=("sac", "td3"), out=str(tmp_path)))
     named = [(row["algorithm"], row["method"]) for row in rows]
@@ -271,7 +271,7 @@ def test_times_of_off_policy_training_are_of_every_method(tmp_path):
     assert (tmp_path / "offpolicy_times.png").stat().st_size > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_finite_memories_earn_no_more_than_the_bounds_allow(tmp_path):
     config = finite_memory.Config(
         width=3, height=1, sizes=(1, 2), num_seeds=2, sampled_seeds=1, num_updates=100,

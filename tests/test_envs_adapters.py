@@ -227,7 +227,7 @@ def test_every_environment_fits_a_vmapped_scan(name):
     assert params.max_steps_in_episode > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_every_environment_stays_finite(name):
     env, params = envs.make(name, observe="state", privileged=True, previous_action=True)

@@ -141,7 +141,7 @@ assert params.max_steps_in_episode == 1000
     assert not list(tmp_path.iterdir())  # MuJoCo would leave a log file
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("backend", brax.BACKENDS)
 @pytest.mark.parametrize("name", [n for n in brax.names() if n not in ("swimmer", "fast")])
 def test_every_brax_environment_runs(name, backend):

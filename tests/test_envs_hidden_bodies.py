@@ -199,7 +199,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(words, message):
         envs.make("brax/fast", **words)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("backend", brax.BACKENDS)
 @pytest.mark.parametrize("name", ["ant", "halfcheetah", "hopper", "walker2d", "humanoid"])
 def test_robots_run_with_other_bodies_and_their_policy_sees_the_nominal_ones(name, backend):

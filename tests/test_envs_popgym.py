@@ -239,10 +239,9 @@ def compare(ours, theirs, name, monkeypatch):
 def sizes():
     for name in ["LabyrinthExploreSmall", *(name.removeprefix("popgym/") for name in TASKS)]:
         quick = name.endswith(("Small", "Easy")) and name != "LabyrinthExploreEasy"
-        yield pytest.param(name, marks=[] if quick else [pytest.mark.slow])
+        yield pytest.param(name, marks=pytest.mark.slow if quick else pytest.mark.long)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sizes())
 def test_a_task_is_the_original(name, monkeypatch):
     popgym = pytest.importorskip("popgym")
@@ -373,7 +372,7 @@ def test_make_opens_a_task_with_all_that_can_be_observed():
         assert truncated == (t % 3 == 2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", TASKS)
 def test_make_opens_every_task(name):
     env, params = envs.make(name, privileged=True)

@@ -250,7 +250,7 @@ def test_segments_give_the_numbers_of_single_steps(name):
             assert_trees_close(getattr(one, field), getattr(other, field), rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_gradient_is_the_mean_of_segments_with_empty_traces(name):
     kernel = make_finite_kernel(jr.key(1))

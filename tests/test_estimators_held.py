@@ -170,7 +170,7 @@ def test_tempting_estimates_are_biased(estimator, product):
     assert largest_difference(eqx.filter_jit(mean)(estimator, kernel, record), truth) > 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_expectation_over_the_component_varies_less(mixture):
     kernel, record = mixture
     prob = record.prob * draws(kernel, record)

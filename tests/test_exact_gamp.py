@@ -347,7 +347,7 @@ def test_what_has_converged_is_right_and_what_mixes_has_converged(dtype):
     check_converged(6, 16, dtype, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_what_has_converged_is_right_of_five_thousand_chains(dtype):

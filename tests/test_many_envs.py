@@ -33,7 +33,7 @@ def test_settings_of_many_environments_can_train(task):
             assert samples == 32
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_counts_what_its_environments_carry(tmp_path, monkeypatch):
     monkeypatch.setattr(many_envs, "setting", lambda task, n, **new: replace(TINY, **new))
     config = many_envs.Config(tasks=("recall10",), num_envs=(6,), train=True, out=str(tmp_path))
@@ -65,7 +65,7 @@ def measured(monkeypatch):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_part_of_the_gpu_benchmark_is_measured(measured):
     """Each case has times of running, the time to compile apart from them, and the device."""
     (trained,) = measured("recall10")

@@ -93,7 +93,7 @@ def test_seeds_that_agree_are_drawn_though_their_mean_is_rounded(tmp_path):
     assert (tmp_path / "popgym.png").stat().st_size > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_table_is_of_runs_that_are_not_trained_again(tmp_path, capsys, monkeypatch):
     small = dataclasses.replace(popgym.ppo.Config(), num_steps=64, num_minibatches=2)
     monkeypatch.setattr(popgym.ppo, "Config", lambda: small)

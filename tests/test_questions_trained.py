@@ -197,7 +197,7 @@ def test_seeds_are_those_of_the_main_table(monkeypatch):
     assert (config.task, config.num_seeds, config.out) == ("tmaze10", 20, "there")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "arms"),
     [
@@ -226,7 +226,7 @@ def test_a_question_trains_each_policy_once(name, arms, tmp_path, monkeypatch, c
     assert "return" not in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_why_reports_every_step_of_an_episode(tmp_path, monkeypatch):
     monkeypatch.setattr(why, "NUM_EPISODES", 64)
     rows = why.measure(tmp_path, TINY | {"cell": "linear"})

@@ -49,7 +49,7 @@ def test_cells_are_trained_at_every_rate_and_the_untrained_one_once():
         arms(Config(methods=("none", "GRU")))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_comparison_leaves_a_table_and_a_picture(tmp_path):
     config = Config(methods=("none", "untrained"), num_seeds=2, total_steps=512, out=str(tmp_path))
     rows = repeat_vector.main(config)

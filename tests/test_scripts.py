@@ -28,6 +28,7 @@ from spg.worlds.problems import heaven_hell
 
 ROOT = Path(__file__).parents[1]
 slow = partial(pytest.param, marks=pytest.mark.slow)
+long = partial(pytest.param, marks=pytest.mark.long)
 SMALL = {"num_envs": 4, "num_seeds": 2, "eval_episodes": 2, "hidden": (8,)}
 SMALL |= {"cell": "linear", "z_size": 4}
 PPO = ppo.Config(
@@ -68,7 +69,7 @@ def whole_and_half(script, config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "memory", ["s2pg", *(slow(x) for x in ("bptt", "window", "kstep", "none", "oracle"))]
+    "memory", ["s2pg", slow("bptt"), *map(long, ("window", "kstep", "none", "oracle"))]
 )
 def test_ppo_runs_with_every_memory(memory, tmp_path):
     data = two_updates(ppo, replace(PPO, memory=memory, **CHAIN), tmp_path)
@@ -78,7 +79,7 @@ def test_ppo_runs_with_every_memory(memory, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "memory", ["s2pg", *(slow(x) for x in ("bptt", "window", "kstep", "none", "oracle"))]
+    "memory", ["s2pg", slow("bptt"), *map(long, ("window", "kstep", "none", "oracle"))]
 )
 def test_trpo_runs_with_every_memory(memory, tmp_path):
     """Also seeds side by side: each stays within the limit, and their last digits are their own."""
@@ -89,7 +90,7 @@ def test_trpo_runs_with_every_memory(memory, tmp_path):
     assert ((data["kl_z"] > 0).any()) == (memory in ("s2pg", "kstep"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_seed_of_trpo_is_the_same_alone_and_resumed(tmp_path):
     """Among others it is itself, and a run that was cut short ends as the whole one."""
     config = replace(TRPO, total_steps=128, **CHAIN)
@@ -101,7 +102,7 @@ def test_a_seed_of_trpo_is_the_same_alone_and_resumed(tmp_path):
         np.testing.assert_allclose(whole[column][1], alone[column][0], rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_trpo_runs_by_the_score_alone_with_continuous_actions(tmp_path):
     config = replace(TRPO, env="Pendulum-v1", memory_gradient="score", actions="tanh-normal")
     data = two_updates(trpo, config, tmp_path)
@@ -147,7 +148,7 @@ def test_resumed_ppo_equals_the_uninterrupted_one(tmp_path):
 BRAX = {"env": "brax/inverted_pendulum", "env_params": {"max_steps_in_episode": 20}}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ppo_runs_on_brax_and_leaves_the_page(tmp_path):
     two_updates(ppo, replace(PPO, backend="positional", **BRAX), tmp_path)
     assert (tmp_path / "run" / "rollout.html").exists()
@@ -157,9 +158,9 @@ def test_ppo_runs_on_brax_and_leaves_the_page(tmp_path):
     ("estimator", "memory", "segment_length"),
     [
         slow("reinforce", "s2pg", 0),
-        slow("gpomdp", "s2pg", 3),
-        slow("gpomdp", "bptt", 0),
-        slow("reinforce", "kstep", 0),
+        long("gpomdp", "s2pg", 3),
+        long("gpomdp", "bptt", 0),
+        long("reinforce", "kstep", 0),
     ],
 )
 def test_reinforce_runs(estimator, memory, segment_length, tmp_path):
@@ -167,7 +168,7 @@ def test_reinforce_runs(estimator, memory, segment_length, tmp_path):
     two_updates(reinforce, replace(REINFORCE, **words), tmp_path)
 
 
-@pytest.mark.parametrize("optimiser", [slow("adam"), slow("conjugate")])
+@pytest.mark.parametrize("optimiser", [long("adam"), long("conjugate")])
 def test_gamp_runs(optimiser, tmp_path):
     config = gamp.Config(
         num_updates=2, num_seeds=2, checkpoints=1, solver="damped", precision="single",
@@ -205,10 +206,10 @@ def test_gamp_follows_natural_gradients(tmp_path):
 @pytest.mark.parametrize(
     ("estimator", "optimiser", "baseline"),
     [
-        slow("istate", "adam", "value"),
+        long("istate", "adam", "value"),
         ("exp", "adam", "value"),
-        slow("exp", "conjugate", "none"),
-        slow("exp-observations", "adam", "reward"),
+        long("exp", "conjugate", "none"),
+        long("exp-observations", "adam", "reward"),
     ],
 )
 def test_gpomdp_runs(estimator, optimiser, baseline, tmp_path):

@@ -19,7 +19,7 @@ def run(tmp_path_factory):
         return out, list(csv.DictReader(file))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_run_leaves_table_and_picture_and_is_not_overwritten(run):
     out, rows = run
     assert len(rows) == 2 * 2 * len(filters.FILTERS)

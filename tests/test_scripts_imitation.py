@@ -19,7 +19,7 @@ from scripts import clone, demonstrate, gail, lsiq
 from spg.training import demonstrations, options, policies
 from spg.types import Env
 
-slow = partial(pytest.param, marks=pytest.mark.slow)
+long = partial(pytest.param, marks=pytest.mark.long)
 RUN: dict[str, Any] = {"num_seeds": 2, "eval_episodes": 2, "checkpoints": 1}
 GAIL = gail.Config(
     num_steps=4, num_minibatches=2, num_epochs=1, total_steps=16, discriminator_batch=8,
@@ -50,14 +50,14 @@ def expert(tmp_path):
         (gail, GAIL, {"memory": "none"}),
         (lsiq, LSIQ, {}),
         (clone, CLONE, {}),
-        slow(gail, GAIL, {"loss": "least-squares", "memory": "oracle", "soft_labels": True}),
-        slow(gail, GAIL, {"privileged": False, **BPTT}),
-        slow(lsiq, LSIQ, {"expert_target": "bootstrapped", "critic_state": True, **BPTT}),
-        slow(lsiq, LSIQ, {"loss_steps": "last", "batch_size": 2, "num_episodes": 2, **BPTT}),
-        slow(lsiq, LSIQ, {"memory": "oracle"}),
-        slow(clone, CLONE, {"memory": "bptt"}),
-        slow(clone, CLONE, {"memory": "oracle", "actions": "tanh-normal"}),
-        slow(clone, CLONE, {"memory": "none", "num_episodes": 2}),
+        long(gail, GAIL, {"loss": "least-squares", "memory": "oracle", "soft_labels": True}),
+        long(gail, GAIL, {"privileged": False, **BPTT}),
+        long(lsiq, LSIQ, {"expert_target": "bootstrapped", "critic_state": True, **BPTT}),
+        long(lsiq, LSIQ, {"loss_steps": "last", "batch_size": 2, "num_episodes": 2, **BPTT}),
+        long(lsiq, LSIQ, {"memory": "oracle"}),
+        long(clone, CLONE, {"memory": "bptt"}),
+        long(clone, CLONE, {"memory": "oracle", "actions": "tanh-normal"}),
+        long(clone, CLONE, {"memory": "none", "num_episodes": 2}),
     ],
 )
 def test_two_updates(script, config, words, expert, tmp_path):
@@ -86,8 +86,10 @@ class Bribed:
         return self.environment.spec(params)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("script", "config"), [(gail, GAIL), (lsiq, LSIQ)])
+@pytest.mark.parametrize(
+    ("script", "config"),
+    [pytest.param(gail, GAIL, marks=pytest.mark.slow), long(lsiq, LSIQ)],
+)
 def test_the_reward_of_the_environment_is_not_learned_from(script, config):
     env = options.make_env(config)
 

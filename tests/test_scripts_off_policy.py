@@ -24,7 +24,7 @@ from spg.training.off_policy import collect
 from spg.training.records import RunError
 
 ROOT = Path(__file__).parents[1]
-slow = partial(pytest.param, marks=pytest.mark.slow)
+long = partial(pytest.param, marks=pytest.mark.long)
 SMALL = {
     "num_envs": 4, "num_steps": 2, "total_steps": 16, "learning_starts": 16, "buffer_size": 24,
     "batch_size": 8, "updates_per_step": 2.0, "hidden": (8,), "z_size": 4, "num_seeds": 2,
@@ -53,13 +53,13 @@ def checked_updates(script, config, tmp_path):
     ("script", "config", "words"),
     [
         (sac, SAC, {}),
-        slow(td3, TD3, {}),
-        slow(sac, SAC, BPTT | LAST | {"refresh": False, "critic_state": True}),
-        slow(sac, SAC, {"segment_length": 2, "cell": "lru"} | LEARNED),
-        slow(sac, SAC, {"memory": "window", "critic_state": True, "layer_norm": False}),
-        slow(td3, TD3, {"memory": "oracle"} | PENDULUM | DDPG),
-        slow(td3, TD3, {"cell": "delta"} | MATRIX),
-        slow(sac, SAC, {"cell": "attention"} | MATRIX | BPTT),
+        long(td3, TD3, {}),
+        long(sac, SAC, BPTT | LAST | {"refresh": False, "critic_state": True}),
+        long(sac, SAC, {"segment_length": 2, "cell": "lru"} | LEARNED),
+        long(sac, SAC, {"memory": "window", "critic_state": True, "layer_norm": False}),
+        long(td3, TD3, {"memory": "oracle"} | PENDULUM | DDPG),
+        long(td3, TD3, {"cell": "delta"} | MATRIX),
+        long(sac, SAC, {"cell": "attention"} | MATRIX | BPTT),
     ],
 )
 def test_two_updates(script, config, words, tmp_path):
@@ -108,7 +108,7 @@ def test_what_places_z_moves_at_a_rate_of_its_own():
         np.testing.assert_allclose(moves(rate), [rate, 1e-3], atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("script", "config"), SCRIPTS)
 def test_a_seed_is_alone_what_it_is_among_others(script, config):
     config = replace(config, segment_length=2)
@@ -127,7 +127,7 @@ def test_a_seed_is_alone_what_it_is_among_others(script, config):
     assert largest_difference(one[0].learned, jax.tree.map(lambda x: x[0], both[0].learned)) > 1e-2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("script", "config"), SCRIPTS)
 def test_the_buffer_holds_the_last_steps_in_a_chain(script, config):
     """After updates and refreshes: z is z' of the row before, or z0 where an episode opens.
@@ -165,7 +165,7 @@ def test_resumed_run_equals_the_uninterrupted_one(script, config, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "half")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("script", "config", "sweep"),
     [

@@ -90,7 +90,7 @@ def test_the_model_is_fitted_once_before_the_first_update(start):
     assert_trees_close(once.kernel, start.learned.kernel, rtol=0, atol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_seed_is_alone_what_it_is_among_others():
     env = options.make_env(SLAC)
 
@@ -106,7 +106,7 @@ def test_a_seed_is_alone_what_it_is_among_others():
     assert largest_difference(one[0].learned, jax.tree.map(lambda x: x[0], both[0].learned)) > 1e-2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     run(slac, whole_and_half(slac, replace(SLAC, total_steps=48), tmp_path))
     assert_same_run(tmp_path / "whole", tmp_path / "half")

@@ -21,6 +21,7 @@ from spg import limits
 from spg.training import cli
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
+long = partial(pytest.param, marks=pytest.mark.long)
 MISS = "/jax/compilation_cache/cache_misses"
 SETTINGS = (
     "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
@@ -72,9 +73,9 @@ GPOMDP = gpomdp.Config(
 @pytest.mark.parametrize(
     ("script", "config"),
     [
-        slow(ppo, replace(PPO, env="Pendulum-v1")), slow(trpo, TRPO), slow(reinforce, REINFORCE),
-        slow(sac, SAC), slow(td3, TD3), slow(slac, SLAC), slow(gpomdp, GPOMDP),
-        slow(gamp, replace(GAMP, optimiser="adam")),
+        slow(ppo, replace(PPO, env="Pendulum-v1")), long(trpo, TRPO), long(reinforce, REINFORCE),
+        slow(sac, SAC), long(td3, TD3), long(slac, SLAC), long(gpomdp, GPOMDP),
+        long(gamp, replace(GAMP, optimiser="adam")),
     ],
 )  # fmt: skip
 def test_no_script_compiles_for_other_floats_and_seeds_and_lengths(
