@@ -366,6 +366,15 @@ def test_a_slow_direction_is_seen_whatever_the_states():
     assert misplaced < 1e-15
 
 
+def test_classes_are_found_among_many_entries_in_single_precision():
+    """Also where every entry of d is below the rounding of 1."""
+    pair = lambda half: jnp.broadcast_to(half.mean(), half.shape)  # 2^19 (s, g) lead anywhere
+    push = lambda d: jnp.concatenate([pair(d[:, :1]), pair(d[:, 1:])], 1)
+    d = jnp.full((2**19, 2), 2.0**-20, np.float32)
+    label = solvers._classes(push, d, jnp.asarray(True))
+    assert (label == jnp.array([1, 2])).all()
+
+
 def test_mass_of_many_entries_in_single_precision():
     """Added one by one, 2^24 entries of 2^-24 lose 1 % of their sum."""
     d = jr.exponential(jr.key(0), (2**21, 8), np.float32)

@@ -252,7 +252,8 @@ def _classes(push: Apply, d: Vector, wanted: Bool[Array, ""]) -> Int[Array, "S G
         found = lax.while_loop(growing, grow, (jnp.zeros_like(seed), seed))[1]
         return jnp.where(found & (label == 0), k, label), k + 1
 
-    going = lambda state: wanted & (left(state[0]).max() > 8 * jnp.finfo(d.dtype).eps)
+    least = 8 * jnp.finfo(d.dtype).eps * d.max()
+    going = lambda state: wanted & (left(state[0]).max() > least)
     label = lax.while_loop(going, add, (jnp.zeros(d.shape, int), 1))[0]
     return jnp.where(wanted, label, 1)
 
