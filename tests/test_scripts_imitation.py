@@ -1,9 +1,13 @@
 """GAIL, LS-IQ and cloning run, learn nothing from rewards, and refuse what they cannot imitate."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -67,6 +71,21 @@ def test_two_updates(script, config, words, expert, tmp_path):
     assert np.isfinite(data["eval_fraction_of_expert"][:, -1]).all()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["measure"] == "fraction_of_expert"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gail", "lsiq", "clone"])
+def test_two_devices_share_the_seeds(name, expert, tmp_path):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    here = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, here / "imitators.py", name, expert, tmp_path], text=True,
+        capture_output=True, env=os.environ | {"PYTHONPATH": str(here.parent), "XLA_FLAGS": flags},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    one, two = json.loads(result.stdout.splitlines()[-1]).values()
+    for column in one:
+        np.testing.assert_allclose(one[column], two[column], rtol=1e-3, atol=1e-4, err_msg=column)
 
 
 class Bribed:

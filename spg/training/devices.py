@@ -92,10 +92,15 @@ def program(mesh: Mesh, f: Callable, in_specs: Any = SPLIT, **options: Any) -> A
 
 
 def shardings(mesh: Mesh, tree: PyTree) -> PyTree:
-    """Of what is stacked over seeds: that axis, and in a world also that of environments."""
+    """Of what is stacked over seeds: that axis, and in a world also that of environments.
+
+    Steps that no environment of the training took, as demonstrations [seed, N], have none.
+    """
 
     def of(x: Any) -> PyTree:
-        spec = {Carry: ("seed", "env"), Transition: ("seed", None, "env")}.get(type(x), ("seed",))
+        spec = ("seed", "env") if isinstance(x, Carry) else ("seed",)
+        if isinstance(x, Transition) and x.reward.ndim == 3:  # [seed, T, env]
+            spec = ("seed", None, "env")
         return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec(*spec)), x)
 
     if mesh.size == 1:
