@@ -47,10 +47,14 @@ class Config(ImitationConfig, options.EnvConfig, PolicyConfig, options.RunConfig
     """The training, e.g. --num-updates 500 --learning-rate 3e-4 --num-draws 16"""
 
     env: str = "Pendulum-v1"
+    privileged: Annotated[bool, Needs()] = False
+    """show the critic the full state; there is none here"""
     memory: Literal["s2pg", "bptt", "window", "none", "oracle"] = "s2pg"
     state_std: Annotated[float, Range(1e-6, 5), Needs(memory="s2pg")] = 0.05
     """standard deviation of the noise on z' at the start, relative to the weight with which a unit
     takes up what is new (s2pg); it is learned"""
+    segment_length: Annotated[int, Needs()] = 0
+    """steps through which gradients run; here whole episodes"""
     num_updates: Count = 200
     """each of which ends with episodes that measure the return, and are not learned from"""
     num_gradients: Count = 20

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -38,7 +38,7 @@ from spg.kernels.critics import QCritic
 from spg.kernels.factory import make_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import Identity, Unseen
-from spg.limits import Count, Fraction, NonNegative, Positive, Size
+from spg.limits import Count, Fraction, Needs, NonNegative, Positive, Size
 from spg.rollout import Carry
 from spg.scans import join_segments
 from spg.training import cli, loop, on_policy
@@ -71,7 +71,7 @@ class Config(ImitationConfig, ppo.Config):
     """steps of the expert in such a gradient, and as many of the policy"""
     discriminator_rate: Positive = 3e-4
     """of Adam, for the discriminator"""
-    discriminator_entropy: NonNegative = 1e-3
+    discriminator_entropy: Annotated[NonNegative, Needs(loss="logistic")] = 1e-3
     """c_H, the weight of the entropy of what the discriminator thinks (logistic)"""
     soft_labels: bool = False
     """draw labels from U(.8, .99) and U(.01, .1) in place of 1 and 0"""

@@ -30,7 +30,7 @@ from spg.exact.solvers import bicgstab, gmres, krylov_bias, krylov_stationary, p
 from spg.kernels.finite import noise_free
 from spg.kernels.kernel import Kernel
 from spg.kernels.networks import trainable
-from spg.limits import Count, Needs, NonNegative, Positive, Range, check
+from spg.limits import Constant, Count, Needs, NonNegative, Positive, Range, check
 from spg.rollout import Evaluation
 from spg.training import cli, controllers, loop, metrics, options
 from spg.training.loop import Report, State
@@ -57,7 +57,7 @@ class Config(options.ProblemConfig, options.RunConfig):
     solver: Literal["arnoldi", "gmres", "bicgstab", "damped", "direct"] = "arnoldi"
     """of the stationary distribution and of the Poisson equation (with arnoldi, by bicgstab and
     gmres); direct is one LU factorisation, the quickest up to a few thousand joint states"""
-    beta: Annotated[float, Range(0, 1), Needs(solver="direct")] = 1.0
+    beta: Annotated[float, Range(0, 1), Constant, Needs(solver="direct")] = 1.0
     """below 1: follow not ∇η but the exact mean of the estimates of `gpomdp.py` with this β"""
     precision: Literal["double", "single"] = "double"
     """of the arithmetic; gradients at a zero start may be as small as 1e-7"""

@@ -75,7 +75,7 @@ class Config:
     num_steps: Annotated[Count, Needs(gradient="sampled")] = 100
     """of a trajectory; what lies beyond is missing from sampled gradients"""
     seed: Seed = 0
-    """of the first run; the others take the next integers"""
+    """of all runs, of which each has a part of it; random worlds take it and the next integers"""
     out: str | None = None
     """directory of the run; by default a new one under runs/"""
 

@@ -63,7 +63,7 @@ class Config(ImitationConfig, sac.Config):
     """τ_a, the weight of the entropy of actions, at the start"""
     learn_temperature: bool = False
     """keep the entropy of actions at --target-entropy"""
-    target_entropy: Annotated[float, Range(-100, 0.69)] = -1.0
+    target_entropy: Annotated[float, Range(-100, 0.69), Needs(learn_temperature="True")] = -1.0
     """nats for each dimension of an action; 0.69 is that of uniform ones"""
     penalty: Positive = 0.5
     """c, the weight of the squares of implicit rewards, which are within ±1/c"""

@@ -65,7 +65,7 @@ class Learned(NamedTuple):
 
 
 def horizon(config: Config, env: Env) -> int:
-    return config.num_steps or int(env.params.max_steps_in_episode)
+    return config.num_steps or options.longest_episode(env)
 
 
 def num_updates(config: Config, env: Env) -> int:

@@ -62,14 +62,16 @@ class Config(OffPolicyConfig):
     """τ_a, the weight of the entropy of actions, at the start"""
     learn_temperature: bool = True
     """keep the entropy of actions at --target-entropy"""
-    target_entropy: Annotated[float, Range(-100, 0.69)] = -0.3
+    target_entropy: Annotated[float, Range(-100, 0.69), Needs(learn_temperature="True")] = -0.3
     """nats for each dimension of an action; 0.69 is that of uniform ones, -1 usual for robots"""
     state_temperature: Annotated[Positive, Needs(memory="s2pg")] = 1e-6
     """τ_z, the weight of the entropy of z', at the start (s2pg); 0.01 in the paper, for rewards of
     about 1 a step"""
     learn_state_temperature: Annotated[bool, Needs(memory="s2pg")] = False
     """keep the entropy of z' at --state-target-entropy (s2pg)"""
-    state_target_entropy: Annotated[float, Range(-100, 100), Needs(memory="s2pg")] = -1.0
+    state_target_entropy: Annotated[
+        float, Range(-100, 100), Needs(memory="s2pg", learn_state_temperature="True")
+    ] = -1.0
     """nats for each entry of z' (s2pg)"""
 
 

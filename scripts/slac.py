@@ -33,7 +33,7 @@ from spg.kernels.factory import make_kernel
 from spg.kernels.kernel import Kernel
 from spg.kernels.latent import LatentModel
 from spg.kernels.networks import Unseen
-from spg.limits import Count, Positive, Range, Size, Total
+from spg.limits import Count, Needs, Positive, Range, Size, Total
 from spg.training import cli, loop, replay
 from spg.training.descent import adam, descend, regress
 from spg.training.loop import Report, State
@@ -72,7 +72,7 @@ class Config(OffPolicyConfig):
     """α, the weight of the entropy of actions, at the start"""
     learn_temperature: bool = True
     """keep the entropy of actions at --target-entropy"""
-    target_entropy: Annotated[float, Range(-100, 0.69)] = -1.0
+    target_entropy: Annotated[float, Range(-100, 0.69), Needs(learn_temperature="True")] = -1.0
     """nats for each dimension of an action; 0.69 is that of uniform ones"""
     latent_sizes: tuple[Size, Size] = (16, 32)
     """entries of the two layers of the latent"""

@@ -53,16 +53,18 @@ def sweep(name: str, script: Any, config: Any, say: terminal.Interruption) -> No
         cli.use_cores(math.prod(together) * config.num_seeds)
     make = script.make_precise if name == "gamp" else script.make
     one = make(checked[0].config)
-    plan = [grids.make(group, make) for group in grids.programs(checked, one)]
+    for group in grids.programs(checked, one):
+        grids.make(group, make)  # so that what cannot run is refused before anything does
     out = records.open_run(config, f"sweep-{name}")
     points = grids.points(plain, axes, out)
     say.line = f"interrupted; --out {out} --resume goes on from the last checkpoint"
     groups = grids.programs(points, one)
     label = one.measure.label
     title = one.title if len(groups) == 1 else f"{name}, {config.num_seeds} seeds"
-    for i, (group, (algorithm, floats)) in enumerate(zip(groups, plan, strict=True), 1):
+    for i, group in enumerate(groups, 1):
         if all(point.done for point in group):
             continue
+        algorithm, floats = grids.make(group, make)  # now, since precision is that of the process
         print(
             f"{algorithm.title}; program {i} of {len(groups)}, {len(group)} points x "
             f"{config.num_seeds} seeds; {out}",

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -189,6 +190,9 @@ def _check(name: str, value: Any, hint: Any) -> None:
     for note in _notes(hint):
         if isinstance(note, Range):
             note.check(name, value)
+    if get_origin(bare) in (Union, UnionType):
+        for part in parts:
+            _check(name, value, part)
     if get_origin(bare) is Literal and value not in parts:
         near = difflib.get_close_matches(str(value), map(str, parts), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(map(str, parts))}"

@@ -82,7 +82,7 @@ def linear_scan(
             by_first = _apply(adjoint[edge], g[edge])
         return g, by_init + by_first
 
-    return lax.custom_linear_solve(residual, tie((u, init)), solve, transpose_solve)[0]
+    return tie(lax.custom_linear_solve(residual, tie((u, init)), solve, transpose_solve))[0]
 
 
 def of_backend(method: Method) -> Method:

@@ -14,7 +14,7 @@ from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
 
 import spg
-from scripts import ppo
+from scripts import ppo, reinforce
 from spg import envs
 from spg.kernels import CategoricalHead, Drawn, Kernel, Location, NormalAround, Normalizer
 from spg.training import loop, on_policy
@@ -105,6 +105,30 @@ def test_constructor_arguments_reach_a_class_and_not_an_instance():
     assert envs.make(HERE, ends=1).environment.inner.ends == 1
     with pytest.raises(ValueError, match="unknown parameter of Corridor 'ends'"):
         envs.make(Corridor(), ends=1)
+
+
+class Endless(Corridor):
+    """It has no clock."""
+
+    @property
+    def default_params(self):
+        return Params(max_steps_in_episode=None)
+
+
+class Needy(Corridor):
+    def __init__(self, ends):
+        super().__init__(ends)
+
+
+@pytest.mark.parametrize("script", [ppo, reinforce])
+def test_a_world_without_a_clock_is_refused(script):
+    with pytest.raises(ValueError, match="need max_steps_in_episode, a number of steps"):
+        script.make(script.Config(env=f"{__name__}:Endless", observe="all"))
+
+
+def test_a_class_that_needs_arguments_is_refused():
+    with pytest.raises(ValueError, match=r"Needy' cannot be made without arguments: .*'ends'"):
+        envs.make(f"{__name__}:Needy")
 
 
 def test_a_module_is_found_in_the_working_directory(tmp_path, monkeypatch):

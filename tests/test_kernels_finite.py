@@ -142,3 +142,18 @@ def test_the_expected_kernel_moves_the_law_of_the_istate():
 def test_a_dense_controller_may_go_everywhere():
     kernel = finite_kernel(jnp.zeros((3, 2, 3)), jnp.zeros((3, 2, 2)))
     assert masks(kernel.cell.distribution.successors).all()
+
+
+def test_actions_that_are_never_taken_leave_the_gradient_finite():
+    """In single precision the softmax of -110 is 0, and its logarithm has no slope."""
+    obs, z = jnp.array(0), jnp.full(2, 0.5, np.float32)
+
+    @jax.jit
+    def gradient(gap):
+        head = jnp.full((2, 1, 2), -gap).at[..., 0].set(0)
+        kernel = finite_kernel(jnp.zeros((2, 1, 2), np.float32), head)
+        loss = lambda kernel: expected_kernel(kernel).head(obs, z).log_prob(jnp.array(0))
+        return jax.tree.leaves(eqx.filter(eqx.filter_grad(loss)(kernel), eqx.is_inexact_array))
+
+    assert all(np.isfinite(x).all() for x in gradient(jnp.float32(110)))
+    assert any(np.any(x) for x in gradient(jnp.float32(2)))

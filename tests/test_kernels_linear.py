@@ -11,6 +11,7 @@ from spg.distributions import std_from_log
 from spg.kernels.cells import GRU, Location
 from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.linear import LRU, Gated, LeakyFilter, Linear
+from spg.kernels.matrix import LinearAttention
 from spg.kernels.networks import Identity, Normalizer
 from spg.kernels.stack import Stack
 
@@ -97,6 +98,25 @@ def test_gated_unit_is_that_of_griffin():
     half_open = np.exp(-4 * jax.nn.softplus(Gated(1, 50, key=jr.key(0)).rate))
     assert 0.4 < half_open.min() < 0.6
     assert 0.99 < half_open.max() < 0.999
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(Gated, 16), (LinearAttention, 4)])
+def test_gradients_are_finite_where_a_gate_is_rounded_to_0(kind, gates):
+    """In single precision; log a = -0 then, and the slope of √(1 - a²) infinite."""
+
+    @eqx.filter_jit
+    def gradient(bias):
+        unit = kind(3, 16, key=jr.key(0))
+        unit = eqx.tree_at(
+            lambda unit: unit.inputs.bias, unit, unit.inputs.bias.at[:gates].set(bias)
+        )
+        loss = lambda unit: sum(jnp.sum(x**2) for x in unit.affine(jnp.full(3, 0.1)))
+        return eqx.filter_grad(loss)(unit).inputs.weight
+
+    with jax.enable_x64(False):
+        found = {bias: gradient(jnp.float32(bias)) for bias in (-20.0, -105.0)}
+    assert all(np.isfinite(x).all() for x in found.values())
+    assert np.any(found[-20.0][:gates])
 
 
 @pytest.mark.parametrize("name", ["linear", "lru", "gated"])

@@ -18,7 +18,21 @@ import numpy as np
 import pytest
 from tyro.conf import Suppress
 
-from scripts import evaluate, filters, gamp, gpomdp, kstep, ppo, reinforce, sac, slac, td3, trpo
+from scripts import (
+    clone,
+    evaluate,
+    filters,
+    gail,
+    gamp,
+    gpomdp,
+    kstep,
+    ppo,
+    reinforce,
+    sac,
+    slac,
+    td3,
+    trpo,
+)
 from scripts.benchmarks import (
     best_controller,
     controllers,
@@ -140,6 +154,8 @@ def command(script, words, monkeypatch):
         (reinforce, "--env-params delay -1", "delay is -1; it has to be at least 0"),
         (reinforce, "--env-params distractors 2", "distractors is 2; it has to be from 0 to 1"),
         (reinforce, "--env-params delay 1e8 --total-steps 1e14", "GiB of memory at least; "),
+        (gail, "--num-episodes 0", "num_episodes is 0; it has to be at least 1"),
+        (clone, "--num-episodes 2.5", "num_episodes is 2.5; it has to be a whole number"),
         (gamp, "--bound 0", "bound is 0.0"),
         (gamp, "--bound inf", "bound is inf"),
         (gamp, "--num-updates 0", "num_updates is 0"),
@@ -218,6 +234,18 @@ def test_a_command_line_is_refused_in_one_line(
         (ppo, "--backend mjx", ["backend mjx has no effect: env is CartPole-v1, not brax/*"]),
         (ppo, "--backend mjx --env brax/ant", []),
         (reinforce, "--privileged", ["privileged True has no effect: nothing here reads it"]),
+        (clone, "--segment-length 7", ["segment_length 7 has no effect: nothing here reads it"]),
+        (
+            sac,
+            "--target-entropy -3 --no-learn-temperature",
+            ["target_entropy -3.0 has no effect: learn_temperature is False, not True"],
+        ),
+        (sac, "--state-target-entropy 3 --learn-state-temperature", []),
+        (
+            gail,
+            "--discriminator-entropy 5 --loss least-squares",
+            ["discriminator_entropy 5.0 has no effect: loss is least-squares, not logistic"],
+        ),
         (
             gamp,
             "--learning-rate 0.1",

@@ -1,4 +1,5 @@
 import inspect
+import itertools
 from functools import partial
 
 import jax
@@ -106,6 +107,25 @@ def test_linear_scan_has_the_derivatives_of_finite_differences(method):
     """To second order, through a decay that is shared by the entries of u."""
     inputs = jax.tree.map(jnp.asarray, problem("scalar", 5, 2, seed=1))
     check_grads(jax.jit(partial(solve, method=method)), inputs, order=2, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS[:2])
+@pytest.mark.parametrize("pair", itertools.product(range(3), repeat=2))
+def test_linear_scan_has_second_derivatives_by_any_two_of_its_inputs(pair, method):
+    inputs = tuple(map(jnp.asarray, problem("diagonal", 3, 2, seed=0)))
+
+    def unrolled(decay, u, init):
+        found = [init]
+        for a, b in zip(decay, u, strict=True):
+            found.append(a * found[-1] + b)
+        return jnp.stack(found[1:])
+
+    hessian = lambda f: jax.jit(
+        jax.jacrev(jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x))), pair[0]), pair[1])
+    )(*inputs)
+    truth, found = hessian(unrolled), hessian(partial(linear_scan, method=method))
+    assert np.allclose(found, truth, rtol=1e-10, atol=1e-12)
 
 
 def test_linear_scan_has_the_derivatives_by_any_of_its_inputs():

@@ -109,6 +109,17 @@ def whole(tmp_path_factory):
     return out
 
 
+def test_kernels_that_were_not_written_are_there_after_a_resumption(whole, tmp_path):
+    """As where the disk was full between the last checkpoint and its kernels."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    kernels = (out / "kernels.npz").read_bytes()
+    (out / "kernels.npz").unlink()
+    (out / "summary.json").unlink()
+    run(Config(out=str(out), num_seeds=2, resume=True))
+    assert (out / "kernels.npz").read_bytes() == kernels
+
+
 def break_file(checkpoint):
     path = max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     path.write_bytes(path.read_bytes()[:-7])

@@ -15,8 +15,8 @@ from test_scripts_off_policy import SAC, TD3
 from test_scripts_slac import SLAC
 from test_training_loop import assert_same_run
 
-from scripts import ppo, reinforce, sac, slac, sweep, td3, trpo
-from spg.training import cli, grids, options, summaries
+from scripts import gamp, ppo, reinforce, sac, slac, sweep, td3, trpo
+from spg.training import cli, grids, options, records, summaries
 from spg.training.metrics import read_metrics
 from spg.training.terminal import Interruption
 
@@ -130,10 +130,15 @@ def test_a_vmapped_point_is_what_it_is_alone(script, config, words, tmp_path):
         (["--grid", "gamma", "0", "1", "--grid", "gamma", "0", "1"], "is there twice"),
         ([], "a sweep needs --grid"),
         (["--resume"], "--resume needs --out"),
+        (
+            ["--baseline", "none", "--grid", "gae-lambda", "1", "0.9"],
+            "gae_lambda 0.9 needs --baseline value or state",
+        ),
     ],
 )
 def test_what_cannot_be_a_grid_is_one_line_and_status_2(words, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["sweep.py", "ppo", *words])
+    script = "gpomdp" if "gae-lambda" in words else "ppo"
+    monkeypatch.setattr(sys, "argv", ["sweep.py", script, *words])
     monkeypatch.setattr(cli, "keep_programs", lambda: None)
     with pytest.raises(SystemExit) as stop:
         sweep.main()
@@ -142,6 +147,33 @@ def test_what_cannot_be_a_grid_is_one_line_and_status_2(words, message, monkeypa
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_sweep_goes_on_by_its_command_line_as_it_was(tmp_path):
+    config_type = sweep.config_of(walk)
+    words = ["--out", str(tmp_path), "--grid", "rate", "0.25", "0.5"]
+    before = cli.parse(config_type, words)
+    records.open_run(before, "sweep-walk")
+    for more in ([], ["--grid", "rate", "0.25", "0.5"]):
+        after = cli.parse(config_type, ["--out", str(tmp_path), "--resume", *more])
+        assert after == replace(before, resume=True)
+
+
+def test_values_that_differ_have_directories_of_their_own(tmp_path):
+    axes = grids.axes([["rate", "0.12345671", "0.12345672"]], walk.Config)
+    assert len({point.out for point in grids.points(WALK, axes, tmp_path)}) == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_over_precision_trains_each_in_its_own(tmp_path):
+    config = gamp.Config(num_updates=2, num_seeds=1, checkpoints=1)
+    fields = vars(config) | {"out": str(tmp_path), "grid": (("precision", "double", "single"),)}
+    sweep.sweep("gamp", gamp, sweep.config_of(gamp)(**fields), Interruption())
+    error = {
+        word: read_metrics(tmp_path / "points" / f"precision={word}")["bias_error"].max()
+        for word in ("double", "single")
+    }
+    assert error["double"] < 1e-9 < 1e-7 < error["single"]
 
 
 def test_the_help_page_has_the_grid_and_80_columns(monkeypatch, capsys):

@@ -200,6 +200,8 @@ def _open(
         raise ValueError(
             f"{name!r} needs data that Gymnax downloads, and they did not come: {error}"
         ) from error
+    except TypeError as error:
+        raise ValueError(f"{name!r} cannot be made without arguments: {error}") from error
     if arguments is None:
         arguments = list(inspect.signature(type(env)).parameters)
     fields = {f.name for f in dataclasses.fields(env.default_params)}

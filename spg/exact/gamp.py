@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import lu_factor, lu_solve
@@ -43,6 +44,7 @@ class LongRun(NamedTuple):
     converged: Bool[Array, ""]  # both errors are at most 3 √tol
 
 
+@jax.default_matmul_precision("highest")  # a GPU would multiply numbers of 10 bits
 def long_run(
     kernel: Kernel,
     pomdp: POMDP,
@@ -139,6 +141,7 @@ def gamp_gradient(kernel: Kernel, pomdp: POMDP, **settings) -> tuple[Kernel, Lon
     return gradient, lax.stop_gradient(solution)
 
 
+@jax.default_matmul_precision("highest")
 def direct_gradient(
     kernel: Kernel, pomdp: DensePOMDP, *, beta: Scalar = 1.0
 ) -> tuple[Kernel, LongRun]:

@@ -68,9 +68,9 @@ def filter_cell(
     | lof, lof-softmax | LOF with the deterministic part of T(a) | z; softmax(z) |
     | alf, alf-softmax, alf-belief | ALF with `decay` δ | z; softmax(z); softmax(z / δ) |
 
-    The logits of "lof" are not centred: a network sees the raw ones. Every feature is exact where
-    all T(a) are permutations. Raises ValueError for another feature, or where
-    `deterministic_part` or `leaky_filter` does.
+    The logits of "lof" are not centred: a network sees the raw ones. Where all T(a) are
+    permutations the belief and LOF are exact; ALF forgets, and softmax(z / δ) is near the belief.
+    Raises ValueError for another feature, or where `deterministic_part` or `leaky_filter` does.
     """
     if feature not in FEATURES:
         raise ValueError(f"unknown feature {feature!r}; choose from {', '.join(FEATURES)}")

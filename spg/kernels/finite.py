@@ -145,7 +145,8 @@ def random_successors(
         raise ValueError(f"out_degree {out_degree} is more than the {num_z} I-states")
     if out_degree == num_z:
         return jnp.broadcast_to(jnp.arange(num_z), (num_z, num_obs, num_z))
-    log_graphs = num_z * _log_binomial(num_z, out_degree)  # of one observation
+    free = _log_binomial(num_z, out_degree), _log_binomial(num_z - 1, out_degree - 1)
+    log_graphs = num_z * jnp.where(loops, free[1], free[0])  # of one observation
     distinct = 2 * math.log(num_obs) < log_graphs
 
     def draw(key):
@@ -167,7 +168,7 @@ def random_successors(
     found = row == follower[:, None]
     slot = jnp.where(found.any(1), jnp.argmax(found, 1), jnp.where(loops, 1, 0))
     cycle = successors.at[jnp.arange(num_z), 0, slot].set(follower)
-    return jnp.where(_is_fit(successors, False), successors, cycle)
+    return jnp.where(_is_fit(successors, jnp.asarray(False)), successors, cycle)
 
 
 class Tables(NamedTuple):
@@ -224,7 +225,9 @@ class MixtureHead(eqx.Module):
 
     def __call__(self, obs: Array, z_next: Float[Array, " G"]) -> Categorical:
         choice = jax.vmap(self.head, (None, 0))(obs, jnp.arange(len(z_next)))
-        return Categorical(jnp.log(z_next @ jax.nn.softmax(choice.logits)))
+        p = z_next @ jax.nn.softmax(choice.logits)
+        some = p > 0  # else the gradient of log 0 makes all others nan
+        return Categorical(jnp.where(some, jnp.log(jnp.where(some, p, 1)), -jnp.inf))
 
 
 def expected_kernel(kernel: Kernel) -> Kernel:
@@ -270,18 +273,16 @@ def _successors(choice: Categorical) -> Int[Array, "..."]:
     return jnp.broadcast_to(jnp.arange(choice.logits.shape[-1]), choice.logits.shape)
 
 
-def _is_fit(successors: Int[Array, "G O K"], distinct: bool) -> Bool[Array, ""]:
+def _is_fit(successors: Int[Array, "G O K"], distinct: Bool[Array, ""]) -> Bool[Array, ""]:
     """Is the union graph strongly connected, and, if `distinct`, has each observation its own?"""
     num_z = len(successors)
     mask = jax.nn.one_hot(successors, num_z).sum(2) > 0  # [G, O, G]
     reach = jnp.any(mask, 1) | jnp.eye(num_z, dtype=bool)
     for _ in range((num_z - 1).bit_length()):
         reach = jnp.matmul(reach.astype(jnp.float32), reach.astype(jnp.float32)) > 0
-    if not distinct:
-        return reach.all()
     code = jr.normal(jr.key(0), mask.shape[::2])  # a random number tells graphs apart
     code = jnp.sort(jnp.einsum("goh,gh->o", mask.astype(code.dtype), code))
-    return reach.all() & jnp.all(jnp.diff(code) > 1e-6)
+    return reach.all() & (~distinct | jnp.all(jnp.diff(code) > 1e-6))
 
 
 def _log_binomial(n: int, k: int) -> float:

@@ -18,6 +18,11 @@ from spg.kernels.cells import INSIDE, Location, log_rates
 from spg.scans import Method, linear_scan, over_steps
 
 
+def write_scale(log_decay: Float[Array, " n"]) -> Float[Array, " n"]:
+    """√(1 - a²) of log a <= 0, also where a is near 1; its slope is finite where log a is 0."""
+    return jnp.sqrt(-jnp.expm1(2 * jnp.minimum(log_decay, -1e-30)))
+
+
 class LinearUnit(Location):
     """z' = A(o) ⊙ z + u(o), with z real or complex.
 
@@ -79,7 +84,7 @@ class Linear(LinearUnit):
 
     @property
     def write(self) -> Float[Array, " n"]:
-        return jnp.sqrt(-jnp.expm1(-2 * jnp.exp(self.nu)))  # √(1 - λ²), also where λ is near 1
+        return write_scale(-jnp.exp(self.nu))
 
     def affine(self, obs: Float[Array, " o"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         return self.decay, self.write * self.inputs(obs)
@@ -163,13 +168,13 @@ class Gated(LinearUnit):
 
     @property
     def write(self) -> Float[Array, " n"]:
-        return jnp.sqrt(-jnp.expm1(-8 * jax.nn.softplus(self.rate)))  # at r = ½
+        return write_scale(-4 * jax.nn.softplus(self.rate))  # at r = ½
 
     def affine(self, obs: Float[Array, " o"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         forget, keep, value = jnp.split(self.inputs(obs), 3)
         log_decay = -8 * jax.nn.softplus(self.rate) * jax.nn.sigmoid(forget)
-        scale = jnp.sqrt(-jnp.expm1(2 * log_decay))  # √(1 - a²)
-        return jnp.exp(log_decay), scale * jax.nn.sigmoid(keep) * value
+        scale = write_scale(log_decay) * jax.nn.sigmoid(keep)
+        return jnp.exp(log_decay), scale * value
 
 
 class LeakyFilter(LinearUnit):

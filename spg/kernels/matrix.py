@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from spg.distributions import Distribution
 from spg.kernels.cells import INSIDE, Location
 from spg.kernels.heads import Head
-from spg.kernels.linear import Linear
+from spg.kernels.linear import Linear, write_scale
 from spg.scans import Method, linear_scan, of_backend, over_steps
 
 Shape = tuple[int, int, int]  # H, d_k, d_v
@@ -109,11 +109,11 @@ class LinearAttention(MatrixUnit):
     def write(self) -> Float[Array, " n"]:
         _, size, values = self.shape
         log_decay = self.parts(jnp.zeros(self.inputs.in_features))[0]
-        return jnp.repeat(jnp.sqrt(-jnp.expm1(2 * log_decay) / size), size * values)
+        return jnp.repeat(write_scale(log_decay) / math.sqrt(size), size * values)
 
     def affine(self, obs: Float[Array, " o"]) -> tuple[Float[Array, " H"], Float[Array, "H K V"]]:
         log_decay, _, k, v = self.parts(obs)
-        return jnp.exp(log_decay), outer(jnp.sqrt(-jnp.expm1(2 * log_decay))[:, None] * k, v)
+        return jnp.exp(log_decay), outer(write_scale(log_decay)[:, None] * k, v)
 
 
 class Retention(LinearAttention):

@@ -33,11 +33,12 @@ def in_episodes(
     """An algorithm that trains a policy, `learned.kernel`, in an environment with episodes.
 
     `config` has the fields of `EnvConfig`, `PolicyConfig` and `RunConfig`, and `sizes` is what else
-    an `Algorithm` holds. Raises ValueError where `make_kernel` does, and for a rollout that does
-    not fit into memory.
+    an `Algorithm` holds. Raises ValueError where `make_kernel` does, for a world without a clock,
+    and for a rollout that does not fit into memory.
     """
     from spg.training import films  # here and below: matplotlib takes a second to load
 
+    options.longest_episode(env)
     options.check_rollout(config, env.spec, sizes["steps_per_update"])
     kernel = lambda state: state.learned.kernel
     seen = options.describe(config, oracle=config.memory == "oracle")

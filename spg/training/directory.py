@@ -49,6 +49,10 @@ class Directory:
     def save(self, update: int, seeds: "Seeds", clock: dict[str, float]) -> None:
         """Write a checkpoint, and the kernels as they are."""
         self.store.save(update, Snapshot.of(seeds, clock, self.table.mark))
+        self.save_kernels(seeds)
+
+    def save_kernels(self, seeds: "Seeds") -> None:
+        """Write the kernels as they are."""
         with writing(self.out / "kernels.npz"):
             policies.save(self.out, jax.vmap(self._algorithm.kernel)(seeds.state))
 

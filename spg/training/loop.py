@@ -161,6 +161,8 @@ def _run(
         if leads():
             stores, tables = [x.store for x in directories], [x.table for x in directories]
             update, found, clock = resume(stores, tables, Snapshot.of(like, clock, EMPTY))
+            for directory, own in zip(directories, found, strict=True) if update else ():
+                directory.save_kernels(own)  # which may have failed after the checkpoint
             seeds = jax.tree.map(lambda *x: x[0] if len(x) == 1 else jnp.concatenate(x), *found)
         update = int(agreed(np.int32(update), np.int32(0)))
         if update:

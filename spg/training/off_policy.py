@@ -288,7 +288,8 @@ def algorithm(
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(ring))
     buffer = f"a buffer of {config.num_seeds} seeds x {config.buffer_size:,} steps"
     fits(config.num_seeds * size, buffer, on_device=True)
-    if config.memory in DRAWN and not (config.privileged or config.observe in ("all", "state")):
+    blind = not (config.privileged or config.critic_state or config.observe in ("all", "state"))
+    if config.memory in DRAWN and blind:
         print(
             f"warning: the critics see {config.observe} alone. Learning them by bootstrapping "
             "together with the memory that would show the rest is unstable (Al-Hafez et al., "

@@ -150,7 +150,7 @@ def parse(
     for title, names in groups.items():
         part = vars(parsed)[title] if omit else parsed
         said |= {name: vars(part)[name] for name in names}
-    unsaid = {k: v for k, v in values.items() if isinstance(v, dict) and not said[k]}
+    unsaid = {k: v for k, v in values.items() if _repeated(v) and not said[k]}
     return config_type(**said | unsaid)
 
 
@@ -182,6 +182,12 @@ def warn(config: Any) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
+def _repeated(value: Any) -> bool:
+    """Whether an option is a dictionary, or may be given several times."""
+    tuples = isinstance(value, tuple) and any(isinstance(x, tuple) for x in value)
+    return tuples or isinstance(value, dict)
+
+
 def _owner(config_type: type, name: str) -> type:
     """The class that declares a field first."""
     return [c for c in config_type.__mro__ if name in vars(c).get("__annotations__", {})][-1]
@@ -193,8 +199,8 @@ def _part(config_type: type, names: list[str], values: dict[str, Any]) -> type:
     for f in dataclasses.fields(config_type):
         if f.name not in names:
             changed.append((f.name, f.type, field(init=False, default=None)))
-        elif isinstance(value := values.get(f.name), dict):  # tyro would make an option of each key
-            changed.append((f.name, f.type, field(default_factory=dict)))
+        elif _repeated(value := values.get(f.name)):  # tyro would make options of it, or add to it
+            changed.append((f.name, f.type, field(default_factory=type(value))))
         elif f.name in values:
             changed.append((f.name, f.type, field(default=value)))
     words = {"__doc__": _owner(config_type, names[0]).__doc__}
@@ -281,6 +287,17 @@ def check_updates(config: Any, num_updates: int, each: str) -> None:
     limits.fits(
         8 * rows, f"the metrics of {num_updates:,} updates between {config.checkpoints} checkpoints"
     )
+
+
+def longest_episode(env: Env) -> int:
+    """Steps after which an episode is cut. Raises ValueError for a world that has no clock."""
+    steps = getattr(env.params, "max_steps_in_episode", None)
+    if steps is None:
+        raise ValueError(
+            "this world goes on for ever, and training needs episodes: its parameters need "
+            "max_steps_in_episode, a number of steps"
+        )
+    return int(steps)
 
 
 def check_rollout(config: Any, spec: Spec, num_steps: int) -> None:

@@ -74,7 +74,12 @@ def read_config(out: Path, config_type: type[C]) -> C:
             f"{path} was written by {name}, or by another version of the code: it differs in the "
             f"options {', '.join(other)}"
         )
-    return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    return config_type(**{k: _tuples(v) for k, v in saved.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _read(path: Path) -> dict[str, Any]:
