@@ -3,9 +3,9 @@
     python scripts/evaluate.py runs/mine --episodes 100
 
 The directory of the run gets `evaluation.csv`, a row per seed and episode; `rollout.png`, what the
-noise-free policy of the best seed sees, keeps and does; for Gymnax's physics and finite worlds
-`rollout.gif`, for PointMass and Doors `paths.png`, and for Brax `rollout.html`, a page that loads
-its viewer from the network.
+noise-free policy of the best seed sees, keeps and does; for physics and finite worlds
+`rollout.gif`, for PointMass and Doors `paths.png`, and for Brax `rollout.html` too, a page that
+loads its viewer from the network.
 """
 
 import os

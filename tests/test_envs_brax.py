@@ -125,6 +125,27 @@ def test_backend_and_constructor_keywords_reach_brax():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["halfcheetah", "walker2d"])
+def test_capsules_are_where_mujoco_has_them(name):
+    mujoco = pytest.importorskip("mujoco")
+    env, params = make(f"brax/{name}", backend="generalized")
+    states = jax.vmap(lambda key: jax.jit(env.reset)(key, params)[1])(jr.split(jr.key(0), 3))
+    own, states = env.inner, states.env
+    ends, radius = brax.capsules(own, states)
+    model = own.brax.sys.mj_model
+    found = np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE)
+    for each, q in zip(ends, states.brax.pipeline_state.q, strict=True):
+        data = mujoco.MjData(model)
+        data.qpos[:] = q
+        mujoco.mj_forward(model, data)
+        capsule = np.isin(np.flatnonzero(np.isin(model.geom_type, (2, 3, 5))), found)
+        axis = data.geom_xmat[found].reshape(-1, 3, 3)[:, :, 2] * model.geom_size[found, 1:2]
+        truth = data.geom_xpos[found][:, None] + np.stack([-axis, axis], 1)
+        np.testing.assert_allclose(each[capsule], truth, atol=1e-5)
+        np.testing.assert_allclose(radius[capsule], model.geom_size[found, 0])
+
+
+@pytest.mark.slow
 def test_brax_is_imported_on_demand_and_in_silence(tmp_path):
     program = """
 import sys

@@ -139,8 +139,9 @@ def test_a_brax_policy_is_played_on_a_page(tmp_path, monkeypatch):
     monkeypatch.setattr(films, "MOST", 3)
     env, kernel = opened("brax/inverted_pendulum", backend="positional")
     written = films.save(kernel, env, tmp_path, title="", key=jr.key(0))
-    assert [path.name for path in written] == ["rollout.png", "rollout.html"]
-    page = written[1].read_text()
+    assert [path.name for path in written] == ["rollout.png", "rollout.gif", "rollout.html"]
+    assert Image.open(written[1]).n_frames == 2  # of 0.02 s, faster than browsers show
+    page = written[2].read_text()
     assert "<html>" in page
     assert len(page) > 1_000  # the compressed states
 

@@ -283,9 +283,9 @@ def picture(path: Path, rows: list[Row]) -> None:
 def scale_point(config: Config, world: str, size: int, count: int) -> Row:
     """One gradient in float32, in a process of its own; memory is above that of the imports.
 
-    A product is timed by the difference of 12 and 2 damped steps. The non-zeros are those that it
-    applies: of P(s' | s, a), ω and μ at the observations of each state, and for each I-state. What
-    each device holds, its share of the world and of the rest, is what XLA has planned.
+    The non-zeros are those that a product applies: of P(s' | s, a), ω and μ at the observations of
+    each state, and for each I-state. What each device holds, its share of the world and of the
+    rest, is what XLA has planned.
     """
     jax.config.update("jax_num_cpu_devices", count)
     jnp.zeros(1).block_until_ready()
@@ -304,16 +304,13 @@ def scale_point(config: Config, world: str, size: int, count: int) -> Row:
     solution, seconds = gradients[0][0][1], np.median([spent for _, spent in gradients])
     high, held = peak() - imports, program.compiled.memory_analysis()
 
-    def damped(pushes, pulls, kernel, pomdp):
-        law, bias = partial(power, max_products=pushes), partial(richardson, max_products=pulls)
-        return long_run(kernel, pomdp, stationary=law, bias=bias, tol=0.0, **shared)
-
+    policy, law = tables(kernel, jnp.arange(pomdp.num_obs)), solution.stationary
     runs = {}
-    for counts in ((2, 2), (12, 2), (2, 12)):
-        steps = compiled(partial(damped, *counts), kernel, pomdp)
-        runs[counts] = partial(steps, kernel, pomdp)
-    spent = {key: np.median(x) for key, x in interleave(runs, 3, config.patience)[1].items()}
-    push, pull = ((spent[key] - spent[2, 2]) / 10 for key in ((12, 2), (2, 12)))
+    for name, apply in (("push", chain.push), ("pull", chain.evaluate)):
+        one = compiled(partial(apply, **shared), policy, pomdp, law)
+        runs[name] = partial(one, policy, pomdp, law)
+    spent = interleave(runs, config.repeats, config.patience)[1]
+    push, pull = (np.median(spent[name]) for name in runs)
     products = np.array(solution.products)
     in_products = products @ (push, pull)
     successors, emissions = pomdp.probability[0].size, pomdp.emission.shape[1]

@@ -178,6 +178,28 @@ def render(env: Brax, states: BraxState) -> str:
     return html.render(env.brax.sys.tree_replace({"opt.timestep": env.brax.dt}), frames)
 
 
+def capsules(env: Brax, states: BraxState) -> tuple[np.ndarray, np.ndarray]:
+    """The bodies of `states`, `[T, ...]`: ends of capsules `[T, n, 2, 3]`, radii `[n]`, in metres.
+
+    A sphere is a capsule of length 0, a cylinder is rounded, and what else a model has is left out.
+    """
+    model, x = env.brax.sys.mj_model, jax.device_get(states.brax.pipeline_state.x)
+    found = np.flatnonzero(np.isin(model.geom_type, (2, 3, 5)))  # sphere, capsule, cylinder
+    body, size = model.geom_bodyid[found], model.geom_size[found]
+    half = np.where(model.geom_type[found] == 2, 0, size[:, 1])[:, None] * [0.0, 0.0, 1.0]
+    axis = _rotate(model.geom_quat[found], half)
+    local = model.geom_pos[found][:, None] + np.stack([-axis, axis], 1)  # [n, 2, 3]
+    fixed = lambda x, start: np.concatenate([np.tile(start, (len(x), 1, 1)), x], 1)
+    pos, rot = fixed(x.pos, np.zeros(3)), fixed(x.rot, np.eye(4)[0])  # body 0 is the world
+    return pos[:, body, None] + _rotate(rot[:, body, None], local), size[:, 0]
+
+
+def _rotate(q: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """v `[..., 3]` turned by unit quaternions `[..., 4]`, the real part first."""
+    twice = 2 * np.cross(q[..., 1:], v)
+    return v + q[..., :1] * twice + np.cross(q[..., 1:], twice)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Swallow what Brax and MuJoCo print, warn and log about themselves while they load."""

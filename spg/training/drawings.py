@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from PIL import Image
@@ -66,6 +67,29 @@ def finite_world(num_states: int, names: tuple[str, ...] = ()) -> Drawing:
         return move
 
     return Drawing(start, lambda params: 0.25)
+
+
+def bodies(ends: np.ndarray, radius: np.ndarray, seconds: float) -> Drawing:
+    """Capsules from the side, in metres: ends `[T, n, 2, 3]`, radii `[n]`. The camera follows."""
+    flat, reach = ends[..., [0, 2]], 2.0
+
+    def start(axes: Axes, s: Any, params: Any) -> Callable[[int], None]:
+        middle = flat[..., 0].mean((1, 2))
+        metres = np.arange(np.floor(middle.min() - reach), middle.max() + reach + 1)
+        axes.axhline(0, color="gray", linewidth=1, zorder=0)
+        axes.vlines(metres, -0.12, 0, color="gray", linewidth=1)
+        axes.set(ylim=(-0.5, max(1.7, flat[..., 1].max() + 0.3)))
+        points = 72 * axes.figure.get_figwidth() / (2 * reach)  # of a metre
+        shown = LineCollection(flat[0], linewidths=2 * radius * points, capstyle="round")
+        axes.add_collection(shown)
+
+        def move(t: int) -> None:
+            shown.set_segments(flat[t])
+            axes.set_xlim(middle[t] - reach, middle[t] + reach)
+
+        return move
+
+    return Drawing(start, lambda params: seconds)
 
 
 def _cart_pole(axes: Axes, s: Any, params: Any) -> Callable[[int], None]:

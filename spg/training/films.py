@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from spg.kernels.kernel import Kernel
 from spg.rollout import watch
-from spg.training.drawings import DRAWINGS, animate, finite_world
+from spg.training.drawings import DRAWINGS, animate, bodies, finite_world
 from spg.training.records import write
 from spg.types import Env, policy_view
 
@@ -40,6 +40,7 @@ def save(kernel: Kernel, env: Env, out: Path, *, title: str, key: PRNGKeyArray) 
     loads Brax's viewer from the network. Worlds are those of at most `DRAWN` states.
     """
     from spg.envs import Brax, Tabular, render  # here: importing gymnax starts JAX's backend
+    from spg.envs.brax import capsules
     from spg.training import paths  # which imports it too
 
     clock = env.params.max_steps_in_episode
@@ -53,12 +54,14 @@ def save(kernel: Kernel, env: Env, out: Path, *, title: str, key: PRNGKeyArray) 
     if isinstance(own, Tabular) and len(own.pomdp.start) <= DRAWN:
         names = own.problem.states if own.problem is not None else ()
         drawing = finite_world(len(own.pomdp.start), names if len(names) <= NAMED else ())
+    if isinstance(own, Brax) and hasattr(states.brax.pipeline_state, "x"):
+        drawing = bodies(*capsules(own, states), seconds=float(own.brax.dt))
     if drawing is not None:
         written.append(out / "rollout.gif")
         animate(written[1], drawing, states, env.params, title=title)
     if isinstance(own, Brax):
         written.append(out / "rollout.html")
-        write(written[1], render(own, states))
+        write(written[-1], render(own, states))
     if own.name in paths.PATHS:
         written.append(out / "paths.png")
         paths.save(kernel, env, own, written[1], key=key)
