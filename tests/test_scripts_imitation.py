@@ -73,8 +73,9 @@ def test_two_updates(script, config, words, expert, tmp_path):
     assert summary["measure"] == "fraction_of_expert"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gail", "lsiq", "clone"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("gail", marks=pytest.mark.slow), long("lsiq"), long("clone")]
+)
 def test_two_devices_share_the_seeds(name, expert, tmp_path):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     here = Path(__file__).parent

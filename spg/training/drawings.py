@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from PIL import Image
 
+WIDTH = 4.8  # inches
 FASTEST = 0.04  # seconds that a frame stays, at least; browsers slow down what is much faster
 
 
@@ -30,7 +31,7 @@ def animate(path: Path, drawing: Drawing, states: Any, params: Any, *, title: st
     """Write a GIF at the speed of the world; of fast worlds some frames are left out."""
     seconds = drawing.seconds(params)
     stride = max(1, round(FASTEST / seconds))
-    figure = Figure(figsize=(4.8, 3.2), dpi=80, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.2), dpi=80, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
     axes.set(aspect="equal", xticks=[], yticks=[])
     move = drawing.start(axes, states, params)
@@ -79,7 +80,7 @@ def bodies(ends: np.ndarray, radius: np.ndarray, seconds: float) -> Drawing:
         axes.axhline(0, color="gray", linewidth=1, zorder=0)
         axes.vlines(metres, -0.12, 0, color="gray", linewidth=1)
         axes.set(ylim=(-0.5, max(1.7, flat[..., 1].max() + 0.3)))
-        points = 72 * axes.figure.get_figwidth() / (2 * reach)  # of a metre
+        points = 72 * WIDTH / (2 * reach)  # of a metre
         shown = LineCollection(flat[0], linewidths=2 * radius * points, capstyle="round")
         axes.add_collection(shown)
 
