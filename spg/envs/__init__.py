@@ -29,7 +29,7 @@ from spg.envs.adapters import (
     own,
     own_and_state,
 )
-from spg.envs.brax import Brax, render
+from spg.envs.brax import Brax, capsules, render
 from spg.envs.cards import RecallCards
 from spg.envs.hidden_bodies import HiddenBodies
 from spg.envs.memory import RepeatFirst, TMaze
@@ -56,6 +56,7 @@ __all__ = [
     "ShowsState",
     "TMaze",
     "Tabular",
+    "capsules",
     "make",
     "render",
     "tabular_params",

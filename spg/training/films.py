@@ -39,8 +39,7 @@ def save(kernel: Kernel, env: Env, out: Path, *, title: str, key: PRNGKeyArray) 
     `Doors`. In the rollout time goes to the right, and a vertical line opens an episode. The page
     loads Brax's viewer from the network. Worlds are those of at most `DRAWN` states.
     """
-    from spg.envs import Brax, Tabular, render  # here: importing gymnax starts JAX's backend
-    from spg.envs.brax import capsules
+    from spg.envs import Brax, Tabular, capsules, render  # here: gymnax starts JAX's backend
     from spg.training import paths  # which imports it too
 
     clock = env.params.max_steps_in_episode
