@@ -39,7 +39,7 @@ def sweep(name: str, script: Any, config: Any, say: terminal.Interruption) -> No
     """Train the points that are not there yet. Raises ValueError for what cannot run."""
     fields = [f.name for f in dataclasses.fields(script.Config)]
     plain = script.Config(**{field: getattr(config, field) for field in fields})
-    if config.distributed or config.coordinator_address:
+    if config.distributed or config.coordinator_address or config.num_processes is not None:
         raise ValueError("a sweep runs in one process, on all of its devices")
     if config.resume and config.out is None:
         raise records.RunError("--resume needs --out, the directory of the sweep to go on with")

@@ -130,6 +130,7 @@ def test_a_vmapped_point_is_what_it_is_alone(script, config, words, tmp_path):
         (["--grid", "gamma", "0", "1", "--grid", "gamma", "0", "1"], "is there twice"),
         ([], "a sweep needs --grid"),
         (["--resume"], "--resume needs --out"),
+        (["--num-processes", "2"], "a sweep runs in one process"),
         (
             ["--baseline", "none", "--grid", "gae-lambda", "1", "0.9"],
             "gae_lambda 0.9 needs --baseline value or state",
