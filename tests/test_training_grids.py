@@ -92,7 +92,7 @@ def test_a_sweep_that_was_cut_short_goes_on_to_the_same_bits(tmp_path):
         slow(ppo, replace(PPO, **CHAIN), ("learning-rate 1e-3 1e-2", "clip 0.1 0.3")),
         long(trpo, replace(TRPO, **CHAIN), ("max-kl 0.01 0.1", "damping 0.1 1")),
         long(reinforce, REINFORCE, ("learning-rate 1e-3 1e-2", "gamma 0.9 1")),
-        slow(sac, SAC, ("gamma 0.9 0.99", "temperature 0.01 0.1")),
+        long(sac, SAC, ("gamma 0.9 0.99", "temperature 0.01 0.1")),
         long(td3, TD3, ("gamma 0.9 0.99", "target-noise 0 0.3")),
         long(slac, SLAC, ("gamma 0.9 0.99", "model-learning-rate 1e-4 1e-3")),
     ],
