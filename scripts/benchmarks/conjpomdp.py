@@ -84,8 +84,8 @@ def methods() -> dict[str, gpomdp.Config]:
     trainings = {
         "exact-0.9": (exp, 10, 80),
         "exact-0.97": (replace(exp, beta=0.97), 10, 80),
-        "exp-0.9": (exp, 3, 80),
-        "istate-0.9": (istate, 1, 40),
+        "exp-0.9": (exp, 10, 80),
+        "istate-0.9": (istate, 6, 80),
     }
     return {
         name: replace(config, num_seeds=seeds, total_steps=gradients * config.gradient_steps)
