@@ -52,9 +52,9 @@ def sweep(name: str, script: Any, config: Any, say: terminal.Interruption) -> No
         together = [len(axis.values) for axis in axes if axis.name in limits.floats(plain)]
         cli.use_cores(math.prod(together) * config.num_seeds)
     make = script.make_precise if name == "gamp" else script.make
-    one = make(checked[0].config)
+    one, *_ = [make(point.config) for point in checked]  # refuses what cannot run
     for group in grids.programs(checked, one):
-        grids.make(group, make)  # so that what cannot run is refused before anything does
+        grids.make(group, make)  # and what memory does not hold
     out = records.open_run(config, f"sweep-{name}")
     points = grids.points(plain, axes, out)
     say.line = f"interrupted; --out {out} --resume goes on from the last checkpoint"

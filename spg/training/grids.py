@@ -117,8 +117,6 @@ def make(
 ) -> tuple[loop.Algorithm, list[loop.Floats]]:
     """The algorithm of a program, checked for the memory that all take, and each point's floats."""
     config = group[0].config
-    for point in group[1:]:
-        make_one(point.config)  # refuses what its floats do not allow
     algorithm = make_one(replace(config, num_seeds=len(group) * config.num_seeds))
     own = [
         algorithm.floats | {k: p.values[k] for k in p.values if k in algorithm.floats}
