@@ -45,7 +45,7 @@ class Brax(Environment):
     """A Brax environment: its `done` terminates, the clock of `params` truncates.
 
     Actions are in [-1, 1], as everywhere in Brax; keys may be typed or legacy. With `bodies` every
-    episode draws masses, a payload or a wind, which only the state shows.
+    episode draws masses, a payload, a wind or a size, which only the state shows.
     """
 
     def __init__(self, env: Any, name: str, bodies: HiddenBodies | None = None):
@@ -130,7 +130,7 @@ def load(name: str, backend: str | None, **keywords: Any) -> Brax:
     bodies = HiddenBodies(**{k: keywords.pop(k) for k in FIELDS if k in keywords})
     drawn = bodies != HiddenBodies()
     if drawn and name == "fast":
-        raise ValueError("'brax/fast' has no bodies to change; leave out mass_range, payload, wind")
+        raise ValueError(f"'brax/fast' has no bodies to change; leave out {', '.join(FIELDS)}")
     with _quiet():
         from brax import envs
 
