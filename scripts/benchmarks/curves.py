@@ -2,6 +2,7 @@
 
     python scripts/benchmarks/curves.py --task cartpole
     python scripts/benchmarks/curves.py --task pointmass --algorithm sac
+    python scripts/benchmarks/curves.py --task size --algorithm gail
 
 Each training is a run of its own under --out, as the algorithm's script would leave it; one that is
 complete is not run again, one that was cut short is resumed.
@@ -15,9 +16,12 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import demonstrate
+import gail
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import lsiq
 import ppo
 import sac
 import td3
@@ -31,6 +35,7 @@ Task = Literal[
     "recall10", "recall50", "cards", "ringworld", "halfcheetah", "ant", "hopper", "walker2d",
     "units-cartpole", "units-memorychain", "units-tmaze10",
     "matrices-cards", "matrices-ringworld", "matrices-tmaze200", "pointmass", "doors",
+    "size", "payload",
 ]  # fmt: skip
 
 
@@ -46,8 +51,9 @@ class Config:
     """by default runs/curves-<task>, or runs/curves-<task>-<algorithm>"""
     methods: tuple[str, ...] = ()
     """which of the task's methods; by default all"""
-    algorithm: Literal["ppo", "sac", "td3"] = "ppo"
-    """sac and td3 are for the tasks with continuous actions, and show the critic the full state"""
+    algorithm: Literal["ppo", "sac", "td3", "gail", "lsiq"] = "ppo"
+    """sac and td3 are for the tasks with continuous actions, and show the critic the full state;
+    gail and lsiq imitate the expert of the task, which is trained first where it is not there"""
     total_steps: Total | None = None
     """environment steps of each seed; by default those of the task"""
 
@@ -103,8 +109,18 @@ OFF_POLICY: dict[str, dict[str, Any]] = {
     "none": {"memory": "none"},
     "oracle": {"memory": "oracle"},
 }
+IMITATION = {
+    "gail": {
+        "S2PG": METHODS["S2PG"],
+        "BPTT-5": METHODS["BPTT"] | {"segment_length": 5},
+        "BPTT-32": METHODS["BPTT"] | {"segment_length": 32},
+        "none": METHODS["none"],
+        "oracle": METHODS["oracle"],
+    },
+    "lsiq": {name: OFF_POLICY[name] for name in ("S2PG", "BPTT-5", "BPTT-32", "none", "oracle")},
+}
 WITH_GOALS = "PointMass-memory", "Doors-memory"  # what `success` is for
-SCRIPTS: dict[str, Any] = {"ppo": ppo, "sac": sac, "td3": td3}
+SCRIPTS: dict[str, Any] = {"ppo": ppo, "sac": sac, "td3": td3, "gail": gail, "lsiq": lsiq}
 
 
 MEMORY: dict[str, Any] = {"observe": "all", "entropy_coef": 0.03}
@@ -149,21 +165,67 @@ OFF_POLICY_TASKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# bodies of hidden size or load, the worlds of the imitators and of their experts
+BODIES: dict[str, dict[str, Any]] = {
+    "size": {
+        "env": "brax/halfcheetah", "observe": "positions", "previous_action": True,
+        "env_params": {"smallest": 0.4},
+    },
+    "payload": {
+        "env": "brax/ant", "observe": "all", "previous_action": True,
+        "env_params": {"payload": 3.0},
+    },
+}  # fmt: skip
+EXPERT = ppo.Config(
+    memory="oracle", num_steps=32, hidden=(64, 64), learning_rate=3e-4, num_seeds=1,
+    total_steps=4_000_000, checkpoints=6, eval_episodes=8,
+)  # fmt: skip
+IMITATORS: dict[str, dict[str, Any]] = {
+    "gail": {
+        "num_steps": 160, "gamma": 0.97, "discriminator_steps": 8, "checkpoints": 4,
+        "eval_episodes": 8,
+    },
+    "lsiq": {
+        "hidden": (128, 128), "gamma": 0.99, "updates_per_step": 4.0, "target_rate": 0.01,
+        "actor_learning_rate": 3e-4, "buffer_size": 262_144, "total_steps": 200_000,
+        "checkpoints": 4, "eval_episodes": 8,
+    },
+}  # fmt: skip
+
+
 def task(name: str, algorithm: str = "ppo") -> tuple[Any, dict[str, dict[str, Any]]]:
     """The configuration that all methods share, and the methods to compare.
 
     Cell, noise, size of z and what is not in `TASKS` are the defaults, the same in every task.
     """
-    tasks = TASKS if algorithm == "ppo" else OFF_POLICY_TASKS
+    imitates = algorithm in IMITATORS
+    tasks = {"ppo": TASKS, **dict.fromkeys(IMITATORS, BODIES)}.get(algorithm, OFF_POLICY_TASKS)
     kind, _, rest = name.rpartition("-")
     if rest not in tasks:
         raise ValueError(f"task {name!r} is not for {algorithm}; choose from {', '.join(tasks)}")
+    if imitates:
+        demonstrations = {"demonstrations": f"{expert_of(name)}/demonstrations.npz"}
+        words = BODIES[name] | IMITATORS[algorithm] | demonstrations
+        return replace(SCRIPTS[algorithm].Config(), **words), IMITATION[algorithm]
     if algorithm != "ppo":
         words = {k: v for k, v in tasks[name].items() if algorithm == "sac" or "entropy" not in k}
         return replace(SCRIPTS[algorithm].Config(), **words), OFF_POLICY
     own = RINGWORLD if rest == "ringworld" else METHODS
     methods = {"units": UNITS, "matrices": MATRICES}.get(kind, own)
     return replace(ppo.Config(), **TASKS[rest]), methods
+
+
+def expert_of(name: str) -> str:
+    """The directory of the task's expert."""
+    return f"runs/expert-{name}"
+
+
+def train_expert(name: str) -> None:
+    """PPO that sees the state and what is hidden; then 40 sampled episodes of it."""
+    out = Path(expert_of(name))
+    if not (out / "demonstrations.npz").exists():
+        cli.train(ppo.make, replace(EXPERT, **BODIES[name]), out)
+        demonstrate.main(demonstrate.Config(str(out), episodes=40, sampled=True))
 
 
 def success(directory: Path, num_episodes: int = 256) -> dict[str, str]:
@@ -204,6 +266,8 @@ def main(config: Config) -> None:
     shared = replace(shared, num_seeds=config.num_seeds, seed=config.seed)
     if config.total_steps is not None:
         shared = replace(shared, total_steps=config.total_steps)
+    if config.algorithm in IMITATORS:
+        train_expert(config.task)
     rows, curves = [], []
     for name in config.methods or methods:
         directory = out / name.replace(" ", "-")
@@ -211,18 +275,20 @@ def main(config: Config) -> None:
             SCRIPTS[config.algorithm].make, replace(shared, **methods[name]), directory
         )
         curves.append(summaries.read_curve(directory, name))
-        low, high = summary["final_return_ci95"]
+        measure = summary["measure"]
+        low, high = summary[f"final_{measure}_ci95"]
         rows.append(
             {
                 "method": name,
                 "seeds": config.num_seeds,
                 "env_steps": summary["env_steps"],
-                "return": f"{summary['final_return_mean']:.4g}",
-                "iqm": f"{summary['final_return_iqm']:.4g}",
+                measure: f"{summary[f'final_{measure}_mean']:.4g}",
+                "iqm": f"{summary[f'final_{measure}_iqm']:.4g}",
                 "ci95": f"{low:.4g} to {high:.4g}",
-                "noise_free": f"{summary['final_return_noise_free_mean']:.4g}",
+                "noise_free": f"{summary[f'final_{measure}_noise_free_mean']:.4g}",
                 **(success(directory) if shared.env in WITH_GOALS else {}),
                 "steps_per_s": f"{summary['steps_per_second']:.0f}",
+                "minutes": f"{summary['train_seconds'] / 60:.1f}",
             }
         )
     dialled = "".join(f", {k} {v:g}" for k, v in shared.env_params.items())

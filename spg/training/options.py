@@ -84,8 +84,8 @@ class EnvConfig:
     """physics of Brax; by default spring, the fastest on a CPU"""
     env_params: dict[str, Annotated[float, Range()]] = field(default_factory=dict)
     """parameters of the environment to change, e.g. --env-params length 50; bodies of Brax also
-    take mass_range, payload, wind and smallest (size): drawn in every episode, shown to an oracle and to a
-    privileged critic"""
+    take mass_range, payload, wind and smallest (the least of four sizes): drawn in every episode,
+    shown to an oracle and to a privileged critic"""
 
 
 @dataclass(frozen=True)
