@@ -172,8 +172,8 @@ BODIES: dict[str, dict[str, Any]] = {
         "env_params": {"smallest": 0.4},
     },
     "payload": {
-        "env": "brax/ant", "observe": "all", "previous_action": True,
-        "env_params": {"payload": 3.0},
+        "env": "brax/halfcheetah", "observe": "all", "previous_action": True,
+        "env_params": {"payload": 1.0},
     },
 }  # fmt: skip
 EXPERT = ppo.Config(
