@@ -162,7 +162,7 @@ def gradient_step(
     kernel, kernel_state, actor_loss, choice = actor_step(
         config, learned, steps, window, latent[:, -1], actor_key
     )
-    log_temperature, temperature_state = temperature_step(config, learned, choice)
+    log_temperature, temperature_state = temperature_step(config, learned, steps, choice)
     q_next = jax.vmap(learned.slow)(latent[:, -1], choice.action, window)
     bonus = -jnp.exp(learned.log_temperature) * choice.log_prob_action
     goal = jax.vmap(partial(q_target, gamma=config.gamma))(
@@ -241,14 +241,21 @@ def actor_step(
 
 
 def temperature_step(
-    config: Config, learned: Learned, choice: Choice
+    config: Config, learned: Learned, steps: Transition, choice: Choice
 ) -> tuple[Float[Array, ""], optax.OptState]:
-    """A step of the temperature, which keeps the entropy at its target, where it is learned."""
+    """A step of the temperature, which keeps the entropy at its target, where it is learned.
+
+    As for the actor, steps at which an episode ended count nothing.
+    """
     old, state = learned.log_temperature, learned.opt_states[2]
     if not config.learn_temperature:
         return old, state
     goal = config.target_entropy * choice.action.shape[-1]
-    loss = lambda x: (jnp.mean(temperature_loss(x, choice.log_prob_action, goal)), None)
+
+    def loss(log_temperature):
+        each = temperature_loss(log_temperature, choice.log_prob_action, goal)
+        return jnp.mean(jnp.where(steps.terminated, 0.0, each)), None
+
     return descend(config.learning_rate, loss, old, state)[:2]
 
 

@@ -100,10 +100,10 @@ def critic_step(
     keys = jr.split(state_key, len(segments.reward))
     z_next = jax.vmap(lambda segment, key: kernel.roll(segment, key=key).z_next)(segments, keys)
     fresh = staleness(z_next, segments.z_next)
+    if config.last:
+        segments, place, z_next = jax.tree.map(lambda x: x[:, -1:], (segments, place, z_next))
     if config.refreshes:
         ring = replay.refresh(ring, place, z_next)
-    if config.last:
-        segments, z_next = jax.tree.map(lambda x: x[:, -1:], (segments, z_next))
     steps, z_next = join_segments((segments, z_next))
     slow_kernel, slow_critic = slow
 

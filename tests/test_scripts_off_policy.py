@@ -127,6 +127,20 @@ def test_a_seed_is_alone_what_it_is_among_others(script, config):
     assert largest_difference(one[0].learned, jax.tree.map(lambda x: x[0], both[0].learned)) > 1e-2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "config"), SCRIPTS)
+def test_a_loss_at_the_last_step_refreshes_that_step_alone(script, config):
+    """The segments share no step, so as many rows change as there are segments."""
+    config = replace(config, **(BPTT | LAST))
+    state = jax.jit(partial(script.init, config, options.make_env(config)))(jr.key(0))
+    steps = state.world.ring.steps
+    stale = steps._replace(z_next=jnp.full_like(steps.z_next, 9.0))
+    step = script.gradient_step if script is sac else script.critic_step
+    pair = state.learned, state.world.ring._replace(steps=stale)
+    (_, ring), _ = jax.jit(partial(step, config))(pair, jr.key(1))
+    assert (ring.steps.z_next != 9).all(-1).sum() == config.batch_size
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("script", "config"), SCRIPTS)
 def test_the_buffer_holds_the_last_steps_in_a_chain(script, config):

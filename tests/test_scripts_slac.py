@@ -16,7 +16,8 @@ from test_training_loop import assert_same_run
 
 import spg
 from scripts import slac
-from spg.training import options
+from spg.estimators.actor_critic import Choice
+from spg.training import options, replay
 
 SLAC = slac.Config(
     num_envs=4, num_steps=2, total_steps=16, learning_starts=24, buffer_size=32, batch_size=4,
@@ -43,6 +44,25 @@ def test_two_updates_log_the_terms_of_the_bound_and_the_policy_can_be_opened(tmp
 def start():
     """One seed before its first update."""
     return jax.jit(partial(slac.init, SLAC, options.make_env(SLAC)))(jr.key(0))
+
+
+@pytest.mark.slow
+def test_steps_that_ended_do_not_move_the_temperature(start):
+    config, learned = replace(SLAC, learn_temperature=True), start.learned
+    log_prob = jnp.array([-1.0, 2.0, 50.0])
+    steps = replay.take(
+        start.world.ring, replay.places(start.world.ring, num_segments=3, length=1, key=jr.key(0))
+    )
+    steps = jax.tree.map(lambda x: x[:, 0], steps)
+
+    def after(log_prob, terminated):
+        choice = Choice(log_prob, jnp.zeros((3, 1)), None, log_prob, log_prob)
+        ended = steps._replace(terminated=jnp.array(terminated))
+        return slac.temperature_step(config, learned, ended, choice)[0]
+
+    ended = [False, False, True]
+    assert after(log_prob, ended) == after(log_prob.at[2].set(-9.0), ended)
+    assert after(log_prob, ended) != after(log_prob, [False] * 3)
 
 
 @pytest.mark.slow
