@@ -122,3 +122,28 @@ def test_nothing_uses_an_old_name():
         for match in old.finditer(path.read_text())
     ]
     assert not found
+
+
+def test_defaults_that_differ_are_listed_as_they_are():
+    """One row in docs/runs.md for each option whose default is not the same in all scripts."""
+    section = (ROOT / "docs/runs.md").read_text().split("### Where scripts differ")[1]
+    head, *rows = re.findall(r"^\| (.*) \|$", section.split("\n## ")[0], re.M)
+    scripts = head.split(" | ")[1:]
+    configs = [vars(importlib.import_module(f"scripts.{name}").Config()) for name in scripts]
+    cells = [{k: _cell(v) for k, v in config.items()} for config in configs]
+    differ = {}
+    for name in dict.fromkeys(name for config in cells for name in config):
+        row = [config.get(name, "-") for config in cells]
+        if len({*row} - {"-"}) > 1:
+            differ[f"`--{name.replace('_', '-')}`"] = row
+    listed = {option: row for option, *row in (row.split(" | ") for row in rows[1:])}
+    assert listed == differ
+
+
+def _cell(value):
+    """A default as the page writes it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
