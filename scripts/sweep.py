@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from spg import limits
-from spg.training import cli, grids, records, tables, terminal
+from spg.training import cli, devices, grids, records, tables, terminal
 
 ALGORITHMS = "ppo", "trpo", "reinforce", "sac", "td3", "slac", "gpomdp", "gamp"
 
@@ -39,7 +39,7 @@ def sweep(name: str, script: Any, config: Any, say: terminal.Interruption) -> No
     """Train the points that are not there yet. Raises ValueError for what cannot run."""
     fields = [f.name for f in dataclasses.fields(script.Config)]
     plain = script.Config(**{field: getattr(config, field) for field in fields})
-    if config.distributed or config.coordinator_address or config.num_processes is not None:
+    if any(getattr(config, name) not in (None, False) for name in records.PROCESSES):
         raise ValueError("a sweep runs in one process, on all of its devices")
     if config.resume and config.out is None:
         raise records.RunError("--resume needs --out, the directory of the sweep to go on with")
@@ -50,11 +50,14 @@ def sweep(name: str, script: Any, config: Any, say: terminal.Interruption) -> No
     cli.keep_programs()
     if name != "gamp":
         together = [len(axis.values) for axis in axes if axis.name in limits.floats(plain)]
-        cli.use_cores(math.prod(together) * config.num_seeds)
+        seeds = math.prod(together) * config.num_seeds
+        cli.use_cores(sys.maxsize if config.shard == "envs" else seeds)
     make = script.make_precise if name == "gamp" else script.make
     one, *_ = [make(point.config) for point in checked]  # refuses what cannot run
     for group in grids.programs(checked, one):
-        grids.make(group, make)  # and what memory does not hold
+        algorithm, _ = grids.make(group, make)  # and what memory does not hold
+        seeds, alone = len(group) * config.num_seeds, not algorithm.sharded
+        devices.layout(config.shard, seeds, algorithm.num_envs, alone=alone)
     out = records.open_run(config, f"sweep-{name}")
     points = grids.points(plain, axes, out)
     say.line = f"interrupted; --out {out} --resume goes on from the last checkpoint"

@@ -47,7 +47,18 @@ def refused(capsys, monkeypatch):
         (["--total-steps=10"], "less than one update"),
         (["--checkpoints=0"], "checkpoints is 0"),
         (["--action-std=0"], "action_std is 0"),
-        (["--shard=envs", "--num-envs=1"], "--shard envs: this training has no two environments"),
+        (
+            ["--shard=envs", "--num-envs=1"],
+            "--shard envs: this training has no environments to share",
+        ),
+        (
+            ["--coordinator-address=10.0.0.1", "--num-processes=2", "--process-id=0"],
+            "coordinator_address is 10.0.0.1; it has to end in a port, as 10.0.0.1:1234",
+        ),
+        (
+            ["--coordinator-address=10.0.0.1:1234", "--num-processes=2", "--process-id=2"],
+            "process_id is 2; it has to be below num_processes 2",
+        ),
         (["--num-processes=2"], "--num-processes needs --coordinator-address and --process-id too"),
     ],
 )

@@ -40,7 +40,7 @@ def test_seeds_come_first_and_environments_take_what_is_left(
     ("num_envs", "message"),
     [
         (6, "6 environments cannot be shared out evenly to 4 devices; --num-envs 8 could"),
-        (1, "this training has no two environments for two devices"),
+        (1, "this training has no environments to share out; --shard seeds would do"),
     ],
 )
 def test_environments_that_cannot_be_shared_out_are_refused(num_envs, message):
@@ -53,9 +53,19 @@ def test_environments_that_cannot_be_shared_out_are_refused(num_envs, message):
     [
         (4, 4, 4, ""),
         (8, 4, 4, ""),
-        (3, 4, 3, ""),
-        (5, 4, 1, "5 seeds run on 1 of 4 devices, each with as many seeds; --num-seeds 4 or 8 "),
-        (3, 2, 1, "3 seeds run on 1 of 2 devices, each with as many seeds; --num-seeds 2 or 4 "),
+        (3, 4, 3, "3 seeds run on 3 of 4 devices, each of which has as much to do; --num-seeds 4 "),
+        (
+            5,
+            4,
+            1,
+            "5 seeds run on 1 of 4 devices, each of which has as much to do; --num-seeds 4 or 8 ",
+        ),
+        (
+            3,
+            2,
+            1,
+            "3 seeds run on 1 of 2 devices, each of which has as much to do; --num-seeds 2 or 4 ",
+        ),
     ],
 )
 def test_devices_that_stay_idle_are_named(num_seeds, available, used, said, capsys, monkeypatch):

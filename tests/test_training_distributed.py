@@ -85,3 +85,20 @@ def test_when_one_process_is_killed_the_other_says_so_and_both_can_resume(tmp_pa
         words = (WALK[0], "--resume")
     finish(*start_two(*words, "--out", str(out)))
     assert_same_run(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize("own", ["0", "1"])
+def test_a_process_that_waits_in_vain_ends_with_one_line(own):
+    """Neither the first, nor one that waits for the first."""
+    code = (
+        "from spg.training import processes as p; from scripts import ppo; p.ARRIVAL = 1; "
+        "p.join(ppo.Config(coordinator_address='localhost:1', num_processes=2, process_id=%s))"
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        code = code.replace(":1'", f":{free.getsockname()[1]}'")
+    process = start("-c", code % own, devices="1")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "error: not all processes have come in 1 s (coordinator_address localhost:" in err
+    assert "Traceback" not in err

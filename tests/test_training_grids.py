@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,6 +132,11 @@ def test_a_vmapped_point_is_what_it_is_alone(script, config, words, tmp_path):
         ([], "a sweep needs --grid"),
         (["--resume"], "--resume needs --out"),
         (["--num-processes", "2"], "a sweep runs in one process"),
+        (["--process-id", "1"], "a sweep runs in one process"),
+        (
+            ["--shard", "envs", "--num-envs", "1", "--grid", "gamma", "0.9", "1"],
+            "this training has no environments to share out",
+        ),
         (
             ["--baseline", "none", "--grid", "gae-lambda", "1", "0.9"],
             "gae_lambda 0.9 needs --baseline value or state",
@@ -158,6 +164,14 @@ def test_a_sweep_goes_on_by_its_command_line_as_it_was(tmp_path):
     for more in ([], ["--grid", "rate", "0.25", "0.5"]):
         after = cli.parse(config_type, ["--out", str(tmp_path), "--resume", *more])
         assert after == replace(before, resume=True)
+
+
+def test_a_grid_over_the_length_of_a_run_keeps_it_a_float():
+    """An int of 5e9 would wrap in single precision; half an update more makes it exact."""
+    config = ppo.Config(total_steps=5_000_000_000, num_seeds=1)
+    points = [grids.Point(config, {"total_steps": config.total_steps}, Path())]
+    _, (floats,) = grids.make(points, ppo.make)
+    assert floats["total_steps"] == (config.total_steps // 8192 + 0.5) * 8192
 
 
 def test_values_that_differ_have_directories_of_their_own(tmp_path):

@@ -116,7 +116,7 @@ def main(config_type: type[C], make: Callable[[C], loop.Algorithm], *, cores: bo
         except (ValueError, OSError, records.RunError) as error:
             fail(error)
         again = f"--out {directory} --resume goes on from the last checkpoint"
-        interruption.line = f"interrupted; {again}"
+        interruption.line = f"interrupted; {again}" if processes.leads() else "interrupted"
         if processes.leads():
             print(f"{algorithm.title}; run directory {directory}", file=sys.stderr)
         from spg.training import summaries

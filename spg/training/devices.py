@@ -49,7 +49,7 @@ def layout(shard: Shard, num_seeds: int, num_envs: int, *, alone: bool = False) 
 def tell_idle(mesh: Mesh, num_seeds: int, points: int = 1) -> None:
     """Say where devices stay idle. The seeds are those of all `points` of a grid."""
     count, used = len(jax.devices()), mesh.size
-    if used >= min(num_seeds, count):
+    if used == count:
         return
     if points > 1:
         seeds, advice = f"{points} points x {num_seeds // points} seeds", ""
@@ -58,7 +58,7 @@ def tell_idle(mesh: Mesh, num_seeds: int, points: int = 1) -> None:
         seeds = f"{num_seeds} seeds"
         advice = f"; --num-seeds {' or '.join(map(str, fits))} would use all"
     print(
-        f"{seeds} run on {used} of {count} devices, each with as many seeds{advice}",
+        f"{seeds} run on {used} of {count} devices, each of which has as much to do{advice}",
         file=sys.stderr,
     )
 
@@ -72,7 +72,9 @@ def sizes(shard: Shard, num_seeds: int, num_envs: int, count: int) -> tuple[int,
     seeds = 1 if shard == "envs" else largest_divisor(num_seeds, count)
     envs = 1 if shard == "seeds" else largest_divisor(num_envs, count // seeds)
     if shard == "envs" and num_envs == 1:
-        raise ValueError("--shard envs: this training has no two environments for two devices")
+        raise ValueError(
+            "--shard envs: this training has no environments to share out; --shard seeds would do"
+        )
     if shard == "envs" and envs < count:
         raise ValueError(
             f"--shard envs: {num_envs} environments cannot be shared out evenly to {count} "

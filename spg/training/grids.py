@@ -118,10 +118,8 @@ def make(
     """The algorithm of a program, checked for the memory that all take, and each point's floats."""
     config = group[0].config
     algorithm = make_one(replace(config, num_seeds=len(group) * config.num_seeds))
-    own = [
-        algorithm.floats | {k: p.values[k] for k in p.values if k in algorithm.floats}
-        for p in group
-    ]
+    traced = limits.floats(config).keys() & algorithm.floats.keys()  # total_steps is told already
+    own = [algorithm.floats | {k: x for k, x in p.values.items() if k in traced} for p in group]
     return algorithm, own
 
 

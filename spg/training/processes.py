@@ -7,6 +7,7 @@ directory: it is given what the others hold, and tells them what it reads.
 import itertools
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,13 +28,15 @@ if TYPE_CHECKING:
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
 PATIENCE = 3600  # seconds to wait for one that compiles, or reads, or draws the pictures
+ARRIVAL = 300  # seconds to wait for all to start
 MEETINGS = itertools.count()  # each has a name of its own
 
 
 def join(config: "RunConfig") -> None:
     """Become one of the processes that `config` tells of; call before JAX starts.
 
-    Raises ValueError for what is not told, and if the others do not come.
+    Raises ValueError for what is not told. If the others do not come in `ARRIVAL` seconds, the
+    process ends with status 2 and one line; JAX would abort it with a long message.
     """
     names = PROCESSES[1:]
     told = {name: getattr(config, name) for name in names}
@@ -47,16 +50,42 @@ def join(config: "RunConfig") -> None:
             f"{flags[said[0]]} needs {lack} too; or --distributed, which finds what is not told "
             "on Slurm, Open MPI, Kubernetes and Cloud TPU"
         )
+    address, count, own = told.values()
+    if address is not None and not address.rpartition(":")[2].isdigit():
+        raise ValueError(
+            f"coordinator_address is {address}; it has to end in a port, as 10.0.0.1:1234"
+        )
+    if None not in (count, own) and own >= count:
+        raise ValueError(f"process_id is {own}; it has to be below num_processes {count}")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # else SIGTERM does not end a process
+    patience = threading.Timer(ARRIVAL, _alone, [told])
+    patience.daemon = True
+    patience.start()
     try:
         jax.distributed.initialize(
-            **told, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=PATIENCE
-        )
+            **told, initialization_timeout=2 * ARRIVAL, heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=PATIENCE,
+        )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"--distributed: {_line(error)}; {', '.join(flags.values())} tell what is not found"
+            f"processes cannot join: {_line(error)}; {', '.join(flags.values())} tell what is not "
+            "found"
         ) from error
+    finally:
+        patience.cancel()
+
+
+def _alone(told: dict[str, Any]) -> None:
+    """End a process that waits for others."""
+    found = ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
+    print(
+        f"error: not all processes have come in {ARRIVAL} s ({found or 'found by JAX'}); each has "
+        "to be started, and to reach the address of the first",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
 
 
 def leads() -> bool:
