@@ -31,6 +31,7 @@ LATE = {
     "training/loop.py": ({"spg.training.directory", "spg.training.resume"}, PAGE),
     "training/grids.py": ({"spg.training"}, PAGE),
     "training/films.py": ({"spg.envs", "spg.training"}, BACKEND),
+    "training/off_policy.py": ({"spg.envs"}, BACKEND),
     "training/options.py": ({"spg.envs"}, BACKEND),
     "training/policies.py": ({"spg.envs"}, BACKEND),
     "worlds/traps.py": ({"gymnax.environments.classic_control.cartpole"}, BACKEND),

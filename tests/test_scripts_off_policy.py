@@ -256,10 +256,13 @@ def test_the_command_line_ends_with_status_2_and_one_line(script, tmp_path):
         (PENDULUM | {"privileged": False, "memory": "bptt", "segment_length": 2}, True),
         (PENDULUM | {"privileged": False, "observe": "all"}, False),
         (PENDULUM | {"privileged": False, "memory": "window"}, False),
+        (PENDULUM | {"privileged": False, "critic_state": True}, True),
+        ({}, False),
+        ({"privileged": False}, True),
     ],
 )
 def test_a_memory_that_the_critics_learn_without_the_state_is_warned_of(words, warned, capsys):
     sac.make(replace(SAC, **words))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == warned
-    assert all(line.startswith("warning: the critics see positions alone") for line in lines)
+    assert all(line.startswith("warning: the critics do not see the state") for line in lines)

@@ -59,6 +59,7 @@ __all__ = [
     "capsules",
     "make",
     "render",
+    "shows_state",
     "tabular_params",
 ]
 
@@ -162,8 +163,16 @@ def make(
     return Env(adapter, env_params)
 
 
+def shows_state(env: Env) -> bool:
+    """Whether what the policy sees in an environment of `make` is its "state"."""
+    adapter = env.environment
+    return isinstance(adapter, Adapter) and adapter.policy == _state_view(adapter.inner)
+
+
 def _state_view(env: Environment) -> View:
     """What makes the process Markov. Gymnax's physics show positions and velocities."""
+    if isinstance(env, Brax) and env.bodies is None:
+        return own
     if isinstance(env, ShowsState):
         return env.see_state
     return own if env.name in _VELOCITY_FIELDS else own_and_state

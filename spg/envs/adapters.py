@@ -53,7 +53,7 @@ class Adapter(Environment):
         previous_action: bool = False,
     ):
         self.inner, self._params = env, env_params
-        self._policy, self._critic, self.previous_action = policy, critic, previous_action
+        self.policy, self._critic, self.previous_action = policy, critic, previous_action
         self.slots = getattr(env, "slots", None)  # of several agents: an entry for what each sees
         self._discrete_obs = isinstance(env.observation_space(env_params), spaces.Discrete)
         key = jr.key(0)
@@ -166,7 +166,7 @@ class Adapter(Environment):
             obs = jax.nn.one_hot(obs, self.inner.observation_space(params).n)
         obs = flat(obs)
         action = [state.previous_action] if self.previous_action else []
-        policy = jnp.concatenate([self._policy(obs, state.env), *action])
+        policy = jnp.concatenate([self.policy(obs, state.env), *action])
         if self._critic is None:
             return policy
         return Observation(policy, jnp.concatenate([self._critic(obs, state.env), *action]))

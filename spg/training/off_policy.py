@@ -39,6 +39,7 @@ from spg.training.devices import vmap_envs
 from spg.types import Env, Transition, critic_view, policy_view
 
 BPTT_LENGTH = 32  # L of bptt where none is given
+SEVERAL = ("[2-9]*", "1?*")  # patterns of whole numbers from two on
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     """size of the internal state (s2pg, bptt)"""
     state_std: Annotated[float, Range(1e-6, 5), Needs(memory="s2pg")] = 0.05
     """standard deviation of the noise on z' at the start, relative to the weight with which a unit
-    takes up what is new (s2pg); it is learned"""
+    takes up what is new (s2pg); it is learned where the policy's entropy counts, not by td3.py"""
     k: Annotated[int, Suppress] = 8  # of memories that are not for off-policy learning
     filter: Annotated[str, Suppress] = "belief"
     leak: Annotated[float, Suppress, Constant] = 0.1
@@ -74,11 +75,11 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     num_steps: Count = 4
     """steps of each environment between updates"""
     updates_per_step: Annotated[float, Range(0, 1000, open="low"), Constant] = 8.0
-    """gradient steps for a step of all environments"""
+    """gradient steps for a step of all environments; rounded to a whole number for a rollout"""
     batch_size: Count = 256
     """steps whose losses make a gradient"""
     buffer_size: Count = 131_072
-    """steps of each seed that are kept"""
+    """steps of each seed that are kept, as many rollouts as they hold"""
     learning_starts: Count = 8_192
     """steps of each seed by the first policy: for the statistics, and again to fill the buffer"""
     gamma: Fraction = 0.99
@@ -90,7 +91,7 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     state_learning_rate: Annotated[NonNegative, Needs(memory=DRAWN)] = 3e-5
     """of Adam, for the cell that places z', and its noise (s2pg, bptt). Where it moves as fast as
     the head, the head reads a memory whose meaning changes, and the buffer holds an old one"""
-    noise_correlation: Annotated[float, Range(0, 1, open="high")] = 0.95
+    noise_correlation: Annotated[float, Range(0, 1, open="high"), Needs(num_envs=SEVERAL)] = 0.95
     """every second environment explores, with noise on actions that keeps this share of itself from
     step to step; the returns reported are those of the others"""
     target_rate: Annotated[float, Range(0, 1, open="low")] = 0.05
@@ -99,10 +100,12 @@ class OffPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
     """normalise the layers of critics"""
     refresh: Annotated[bool, Needs(memory=DRAWN)] = True
     """write the fresh z' of a sample into the buffer (s2pg, bptt)"""
-    loss_steps: Annotated[Literal["every", "last"], Needs(memory=("s2pg", "bptt"))] = "every"
+    loss_steps: Annotated[
+        Literal["every", "last"], Needs(segment_length=SEVERAL), Needs(memory="bptt")
+    ] = "every"
     """the steps of a segment that have a loss: batch-size / L segments and every step, or, as in
     the paper's BPTT, batch-size segments and the last step"""
-    critic_state: bool = False
+    critic_state: Annotated[bool, Needs(memory=("s2pg", "bptt", "window"))] = False
     """show the critics z', as theorem 2.3 of S2PG asks: what s2pg has to learn to write for later
     is learned so, with a --state-learning-rate of 3e-4 or so (RepeatVector-memory). Without it z'
     is placed for the action that follows at once, which was better on the memory point mass, where
@@ -288,12 +291,13 @@ def algorithm(
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(ring))
     buffer = f"a buffer of {config.num_seeds} seeds x {config.buffer_size:,} steps"
     fits(config.num_seeds * size, buffer, on_device=True)
-    blind = not (config.privileged or config.critic_state or config.observe in ("all", "state"))
-    if config.memory in DRAWN and blind:
+    from spg.envs import shows_state  # here: importing gymnax starts JAX's backend
+
+    if config.memory in DRAWN and not (config.privileged or shows_state(env)):
         print(
-            f"warning: the critics see {config.observe} alone. Learning them by bootstrapping "
-            "together with the memory that would show the rest is unstable (Al-Hafez et al., "
-            "2024); --privileged shows them the state, --critic-state what is remembered",
+            f"warning: the critics do not see the state (observe is {config.observe}). Learning "
+            "them by bootstrapping together with the memory that would show the rest is unstable "
+            "(Al-Hafez et al., 2024); --privileged shows it to them",
             file=sys.stderr,
         )
     return cli.in_episodes(
