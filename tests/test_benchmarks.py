@@ -33,7 +33,7 @@ from spg.worlds import dense
 from spg.worlds.problems import heaven_hell, load_unload, pentagon, tiger
 
 TINY = memory.Config(
-    cells=("linear",), windows=(), lengths=(), repeats=2, z_size=4, hidden=(8,), num_envs=2,
+    cells=("linear",), windows=(), lengths=(), repeats=2, z_size=(4,), hidden=(8,), num_envs=2,
     num_steps=4, num_epochs=1, num_minibatches=2,
 )  # fmt: skip
 NAMES = ["none", "none-wide", "none-deep", "S2PG", "S2PG score", "BPTT-T", "BPTT-T associative"]
@@ -82,6 +82,14 @@ def test_memoryless_references_do_as_many_multiply_adds_as_s2pg(cell):
     assert count == by_hand
     for name in ("none-wide", "none-deep"):
         assert memory.multiply_adds(found[name]) == pytest.approx(count, rel=0.03)
+
+
+def test_every_cell_is_measured_with_each_size():
+    config = replace(TINY, cells=("gru", "hybrid"), z_size=(32, 64))
+    found = [m for m in memory.methods(config) if m.name == "BPTT-T"]
+    pairs = [("gru", 32), ("gru", 64), ("hybrid", 32), ("hybrid", 64)]
+    assert [(m.cell, m.z_size) for m in found] == pairs
+    assert [(m.config.cell, m.config.z_size) for m in found] == pairs
 
 
 def test_segment_lengths_must_divide_the_rollout(tmp_path):

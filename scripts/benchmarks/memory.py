@@ -1,12 +1,13 @@
 """What memory costs: environment step, rollout and PPO update of each memory, in one process.
 
     python scripts/benchmarks/memory.py          # GRU and linear cell
-    python scripts/benchmarks/memory.py --cells gru --z-size 64 --repeats 50
+    python scripts/benchmarks/memory.py --cells gru --z-size 16 64 128 --repeats 50
 
 Everything is compiled first; then every repeat times each program once, and a ratio is the median,
 with quartiles, of the ratios within the repeats: noise that lasts longer than one repeat cancels.
 """
 
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -51,14 +52,14 @@ class Config(options.EnvConfig):
     """of each timing"""
     clock: Literal["wall", "cpu"] = "wall"
     """cpu counts the seconds of all threads: steadier where others use the machine"""
-    cells: tuple[Literal["gru", "linear"], ...] = ("gru", "linear")
+    cells: tuple[Literal["gru", "linear", "hybrid"], ...] = ("gru", "linear")
     """of S2PG and BPTT"""
     windows: tuple[Size, ...] = (5, 32)
     """observations in the windows"""
     lengths: tuple[Count, ...] = (5, 32)
     """segment lengths of BPTT, besides the whole rollout"""
-    z_size: Size = 16
-    """of the internal state"""
+    z_size: tuple[Size, ...] = (16,)
+    """of the internal state: every cell with each"""
     hidden: tuple[Size, ...] = (64,)
     """widths of the hidden layers of policy head and critic"""
     num_envs: Count = 64
@@ -74,6 +75,7 @@ class Config(options.EnvConfig):
 class Method(NamedTuple):
     name: str
     cell: str  # for a memoryless policy, the cell whose S2PG it is to be compared with
+    z_size: int  # likewise
     config: ppo.Config
     associative: bool = False
 
@@ -94,29 +96,30 @@ def methods(config: Config) -> list[Method]:
         **{k: v for k, v in vars(config).items() if k in options.EnvConfig.__dataclass_fields__},
         total_steps=1000 * config.num_envs * config.num_steps,
         num_envs=config.num_envs, num_steps=config.num_steps, num_epochs=config.num_epochs,
-        num_minibatches=config.num_minibatches, z_size=config.z_size,
+        num_minibatches=config.num_minibatches,
     )  # fmt: skip
     small = partial(make, hidden=config.hidden)
-    first = config.cells[0]
-    found = [Method("none", first, small(memory="none"))]
+    first = config.cells[0], config.z_size[0]
+    found = [Method("none", *first, small(memory="none"))]
     found += [
-        Method(f"window-{n}", first, small(memory="window", window=n)) for n in config.windows
+        Method(f"window-{n}", *first, small(memory="window", window=n)) for n in config.windows
     ]
-    for cell in config.cells:
-        s2pg = small(memory="s2pg", cell=cell)
+    for of in itertools.product(config.cells, config.z_size):
+        cell, z_size = of
+        s2pg = small(memory="s2pg", cell=cell, z_size=z_size)
         count = multiply_adds(s2pg)
         wide = lambda n: make(memory="none", hidden=(n,))
         deep = lambda n: make(memory="none", hidden=(n, *config.hidden))
-        found += [Method("none-wide", cell, match(wide, count))]
-        found += [Method("none-deep", cell, match(deep, count))]
-        found += [Method("S2PG", cell, s2pg)]
-        found += [Method("S2PG score", cell, replace(s2pg, memory_gradient="score"))]
+        found += [Method("none-wide", *of, match(wide, count))]
+        found += [Method("none-deep", *of, match(deep, count))]
+        found += [Method("S2PG", *of, s2pg)]
+        found += [Method("S2PG score", *of, replace(s2pg, memory_gradient="score"))]
         for length in (*config.lengths, 0):
-            bptt = small(memory="bptt", cell=cell, segment_length=length)
+            bptt = replace(s2pg, memory="bptt", segment_length=length)
             name = f"BPTT-{length or 'T'}"
-            found += [Method(name, cell, bptt)]
+            found += [Method(name, *of, bptt)]
             if cell == "linear":
-                found += [Method(f"{name} associative", cell, bptt, associative=True)]
+                found += [Method(f"{name} associative", *of, bptt, associative=True)]
     return found
 
 
@@ -187,7 +190,8 @@ def measure(config: Config, compared: list[Method]) -> tuple[np.ndarray, list[Ti
         state = jax.jit(partial(init, method, env))(key)
         if not programs:
             add(partial(act_randomly, method.config, env), state)
-        actor = (method.config.memory, method.cell, method.config.window, method.config.hidden)
+        c = method.config
+        actor = (c.memory, method.cell, method.z_size, c.window, c.hidden)
         if actor not in rollouts:
             rollouts[actor] = add(partial(act, method.config, env), state)
         places.append((rollouts[actor], add(partial(ppo.step, method.config, env), state)))
@@ -204,14 +208,15 @@ def tabulate(
 ) -> list[dict[str, Any]]:
     """A row for each method; ratios are of its seconds to another method's."""
     steps = config.num_envs * config.num_steps
-    times = {(m.name, m.cell): t for m, t in zip(compared, timings, strict=True)}
+    times = {m[:3]: t for m, t in zip(compared, timings, strict=True)}
     none = timings[0]
     rows = []
     for method, t in zip(compared, timings, strict=True):
-        deep, s2pg = times["none-deep", method.cell], times["S2PG", method.cell]
+        deep, s2pg = (times[name, *method[1:3]] for name in ("none-deep", "S2PG"))
         row = {
             "method": method.name,
             "cell": method.cell,
+            "z_size": method.z_size,
             "multiply_adds": multiply_adds(method.config),
             "compile_seconds": t.compile,
             "env_steps_per_second": steps / np.median(env_seconds),
@@ -234,7 +239,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     shown = [
         {
             "method": row["method"],
-            "cell": row["cell"],
+            "cell": f"{row['cell']} {row['z_size']}",
             "multiply_adds": row["multiply_adds"],
             "compile_s": row["compile_seconds"],
             "rollout_ms": 1e3 * row["rollout_seconds"],
@@ -265,7 +270,7 @@ def picture(path: Path, rows: list[dict[str, Any]], *, title: str) -> None:
     for i, row in enumerate(rows):
         axes.text(total[i] + error[1, i], i, f"  {row['training_to_s2pg']:.2f}", va="center")
     axes.set(xlabel="ms per training update (median, quartiles; ratio to S2PG)", title=title)
-    axes.set_yticks(place, [f"{row['method']} ({row['cell']})" for row in rows])
+    axes.set_yticks(place, [f"{row['method']} ({row['cell']} {row['z_size']})" for row in rows])
     axes.set_xlim(0, 1.1 * (total + error[1]).max())
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
@@ -281,8 +286,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     out = records.open_run(config, "memory-benchmark", resumable=False)
     rows = tabulate(config, compared, *measure(config, compared))
     timing.write(out / "memory.csv", rows)
-    title = f"{config.env}, {config.num_envs} x {config.num_steps} steps, z of {config.z_size}"
-    title += f", {config.clock} clock"
+    title = f"{config.env}, {config.num_envs} x {config.num_steps} steps, {config.clock} clock"
     picture(out / "memory.png", rows, title=title)
     print(table(rows))
     print(title)
