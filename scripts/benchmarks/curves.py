@@ -117,7 +117,10 @@ IMITATION = {
         "none": METHODS["none"],
         "oracle": METHODS["oracle"],
     },
-    "lsiq": {name: OFF_POLICY[name] for name in ("S2PG", "BPTT-5", "BPTT-32", "none", "oracle")},
+    "lsiq": {
+        **{name: OFF_POLICY[name] for name in ("S2PG", "BPTT-5", "none", "oracle")},
+        "BPTT-32": OFF_POLICY["BPTT-32"] | {"learning_starts": 4096},  # which hold its segments
+    },
 }
 WITH_GOALS = "PointMass-memory", "Doors-memory"  # what `success` is for
 SCRIPTS: dict[str, Any] = {"ppo": ppo, "sac": sac, "td3": td3, "gail": gail, "lsiq": lsiq}
