@@ -23,6 +23,7 @@ from scripts.benchmarks import (
     memory,
     offpolicy_times,
     outdegree,
+    scaling,
     timing,
 )
 from spg.exact.enumeration import joint_chain
@@ -347,3 +348,51 @@ def test_bptt_takes_whole_segments_or_as_many_sequences_as_the_batch_is_large():
     }
     assert sizes["bptt-5"] == {"num_segments": 51, "length": 5}
     assert sizes["bptt-5-last"] == {"num_segments": 256, "length": 5}
+
+
+PROGRAM = """HloModule step
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%minibatch.1 (state: (s32[], f32[1,256,3])) -> (s32[], f32[1,256,3]) {
+  %rows = (f32[1,256,3]{2,1,0}, s32[256]{0}) all-reduce(%x, %y), to_apply=%sum
+  ROOT %t = (s32[], f32[1,256,3]) tuple(%i, %g)
+}
+
+%epoch (state: (s32[], f32[1,256,3])) -> (s32[], f32[1,256,3]) {
+  ROOT %w = (s32[]) while(%s), body=%minibatch.1, config={"known_trip_count":{"n":"32"}}
+}
+
+%search (state: (s32[])) -> (s32[]) {
+  %mean = bf16[2] all-reduce-start(%x), to_apply=%sum
+}
+
+ENTRY %main (state: f32[3]) -> f32[3] {
+  %w1 = (s32[]) while(%s), body=%epoch, config={"known_trip_count":{"n":"4"}}
+  %w2 = (s32[]) while(%s), body=%search
+  %f = f64[5]{0} all-gather(%s), dimensions={0}
+  %done = bf16[2] all-reduce-done(%mean)
+}
+"""
+
+
+def test_collectives_count_as_often_as_their_loops_run():
+    """128 minibatches of 256 rows of three floats and an int; a mean; five doubles gathered."""
+    rows = 256 * 3 * 4 + 256 * 4
+    assert scaling.sent(PROGRAM) == {"collectives": 130, "bytes": 128 * rows + 2 * 2 + 5 * 8}
+
+
+@pytest.mark.slow
+def test_one_device_sends_nothing_and_is_timed(tmp_path, monkeypatch):
+    small = {"num_steps": 4, "num_minibatches": 2, "cell": "linear", "z_size": 4, "hidden": (4,)}
+    make = scaling.settings
+    monkeypatch.setattr(scaling, "settings", lambda *words: replace(make(*words), **small))
+    config = scaling.Config(
+        algorithms=("ppo",), devices=(1,), num_envs=(4,), repeats=1, out=str(tmp_path / "run")
+    )
+    (row,) = scaling.main(config)
+    assert (row["collectives"], row["bytes"]) == (0, 0)
+    assert row["rollout_ms"] > 0
+    with pytest.raises(ValueError, match="4 environments cannot be shared out evenly to 3 devices"):
+        scaling.main(replace(config, devices=(3,), out=None))

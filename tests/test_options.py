@@ -45,6 +45,7 @@ from scripts.benchmarks import (
     offpolicy_times,
     outdegree,
     questions,
+    scaling,
     scans,
 )
 from scripts.benchmarks import kstep as kstep_benchmark
@@ -73,7 +74,7 @@ EVERY = [
     evaluate,
     ppo, trpo, reinforce, sac, slac, td3, gamp, gpomdp, kstep, filters, controllers, curves,
     best_controller, gamp_scale, gamp_variants, gpomdp_signal, gpomdp_variance, kstep_benchmark,
-    memory, offpolicy_times, outdegree, questions, scans,
+    memory, offpolicy_times, outdegree, questions, scaling, scans,
 ]  # fmt: skip
 HUGE = "99999999999999999999"
 

@@ -1,7 +1,7 @@
 """What memory costs: environment step, rollout and PPO update of each memory, in one process.
 
     python scripts/benchmarks/memory.py          # GRU and linear cell
-    python scripts/benchmarks/memory.py --cells gru --z-size 16 64 128 --repeats 50
+    python scripts/benchmarks/memory.py --cells gru --z-size 16 64 128
 
 Everything is compiled first; then every repeat times each program once, and a ratio is the median,
 with quartiles, of the ratios within the repeats: noise that lasts longer than one repeat cancels.
