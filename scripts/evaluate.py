@@ -15,6 +15,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one
     signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +28,7 @@ from jaxtyping import Float
 
 import spg
 from spg.limits import Count, Seed, check
-from spg.training import cli, films, plots
+from spg.training import cli, films, plots, records
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,12 @@ def main(config: Config) -> None:
     check(config)
     run, out = spg.load(config.run), Path(config.run)
     found = returns(config, run)
-    with (out / "evaluation.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["seed", "episode", *found._fields])
-        for seed, *rows in zip(run.seeds, *found, strict=True):
-            writer.writerows((seed, i, *row) for i, row in enumerate(zip(*rows, strict=True)))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["seed", "episode", *found._fields])
+    for seed, *rows in zip(run.seeds, *found, strict=True):
+        writer.writerows((seed, i, *row) for i, row in enumerate(zip(*rows, strict=True)))
+    records.write(out / "evaluation.csv", text.getvalue())
     best = int(found.noise_free.mean(1).argmax())
     title = f"{run.config.get('env') or run.config['problem']}, noise-free, seed {run.seeds[best]}"
     written = films.save(run.kernel(best), run.env, out, title=title, key=jr.key(config.seed))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from spg.kernels.finite import Tables, finite_kernel, random_controller, tables
 from spg.kernels.kernel import Kernel
 from spg.training.options import ProblemConfig
+from spg.training.records import write_arrays
 from spg.worlds.models import POMDP, Problem
 
 Stationary = Float[Array, "S G"] | Float[np.ndarray, "S G"]  # d(s, g), stationary
@@ -39,15 +40,14 @@ def make(config: ProblemConfig, problem: Problem, *, key: PRNGKeyArray) -> Kerne
 
 def save(path: Path, kernel: Kernel, problem: Problem, stationary: Stationary) -> None:
     """Write a controller, `controller.npz`: its `Tables`, `visits`, z0 and the problem's names."""
-    np.savez_compressed(
-        path,
-        **tables(kernel, jnp.arange(problem.pomdp.num_obs))._asdict(),
-        visits=visits(problem.pomdp, stationary),
-        z0=np.asarray(kernel.z0),
-        problem=np.array(problem.name, str),
-        actions=np.array(problem.actions, str),
-        observations=np.array(problem.observations, str),
-    )
+    arrays = {
+        "visits": visits(problem.pomdp, stationary),
+        "z0": np.asarray(kernel.z0),
+        "problem": np.array(problem.name, str),
+        "actions": np.array(problem.actions, str),
+        "observations": np.array(problem.observations, str),
+    }
+    write_arrays(path, tables(kernel, jnp.arange(problem.pomdp.num_obs))._asdict() | arrays)
 
 
 def load(path: Path) -> Kernel:

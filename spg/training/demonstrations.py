@@ -17,6 +17,7 @@ import numpy as np
 
 from spg.kernels.kernel import Kernel
 from spg.training.options import EnvConfig
+from spg.training.records import write_arrays
 from spg.types import Observation, Spec, Transition
 
 LARGE = 1 << 28  # bytes of a file from which on its arrays are mapped, not read
@@ -83,14 +84,9 @@ class Demonstrations(NamedTuple):
 
 
 def save(path: Path, demonstrations: Demonstrations) -> None:
-    """Write the file, whole or not at all; its arrays are not compressed, so they can be mapped."""
-    arrays: dict[str, Any] = demonstrations._asdict() | {
-        "made": np.array(json.dumps(demonstrations.made))
-    }
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(partial, path)
+    """Write the file, whole or not at all."""
+    made = np.array(json.dumps(demonstrations.made))
+    write_arrays(path, demonstrations._asdict() | {"made": made})
 
 
 def load(path: str | Path, *, episodes: int | None = None) -> Demonstrations:

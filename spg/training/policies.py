@@ -7,7 +7,6 @@ belong to and which environment. So the script and the optimiser are not needed.
 
 import dataclasses
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from spg.kernels.factory import PolicyConfig, make_kernel
 from spg.kernels.finite import expected_kernel
 from spg.kernels.kernel import Kernel
 from spg.training import controllers, options
+from spg.training.records import write_arrays
 from spg.types import Env
 
 
@@ -45,11 +45,7 @@ class Run(NamedTuple):
 
 def save(out: Path, kernels: PyTree) -> None:
     """Write the kernels of all seeds, `kernels.npz`, whole or not at all."""
-    partial = out / "kernels.npz.partial"
-    with partial.open("wb") as file:
-        arrays: dict[str, Any] = {k: np.asarray(x) for k, x in _named(kernels).items()}
-        np.savez(file, **arrays)
-    os.replace(partial, out / "kernels.npz")
+    write_arrays(out / "kernels.npz", {k: np.asarray(x) for k, x in _named(kernels).items()})
 
 
 def load(run: str | Path, *, make: Callable[..., Kernel] = make_kernel) -> Run:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 PROCESSES = "distributed", "coordinator_address", "num_processes", "process_id"
 UNSAVED = ("out", "resume", *PROCESSES)  # fields of a configuration that may differ on resumption
 C = TypeVar("C")
@@ -129,4 +131,12 @@ def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Write an `.npz` whole or not at all; its arrays are not compressed, so they can be mapped."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
     os.replace(partial, path)
