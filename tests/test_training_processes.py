@@ -166,9 +166,12 @@ PPO = (
 
 
 @pytest.mark.slow
-def test_ppo_on_forced_devices_is_the_same(tmp_path, start):
+@pytest.mark.parametrize("num_seeds", [2, 3])
+def test_ppo_on_forced_devices_is_the_same(num_seeds, tmp_path, start):
+    """Two devices take a seed each; three seeds they train in turn, sharing the environments."""
+    words = (PPO[0], f"--num-seeds={num_seeds}", *PPO[2:])
     for n in ("1", "2"):
-        process = start(*PPO, "--out", str(tmp_path / n), XLA_FLAGS=forced(n))
+        process = start(*words, "--out", str(tmp_path / n), XLA_FLAGS=forced(n))
         _, err = process.communicate()
         assert process.returncode == 0, err
         summary = json.loads((tmp_path / n / "summary.json").read_text())
