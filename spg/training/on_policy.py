@@ -26,7 +26,7 @@ from spg.rollout import Carry, Episodes, reset, rollout
 from spg.scans import divisors, over_steps, shuffle, split_segments
 from spg.training import cli, loop, options
 from spg.training.devices import take, vmap_envs
-from spg.types import Env, LogProb, Scalar, Transition, critic_view, policy_view
+from spg.types import Env, LogProb, Scalar, Spec, Transition, critic_view, policy_view
 
 M = TypeVar("M")
 
@@ -96,25 +96,31 @@ def begin(
     *,
     policy: Callable[..., Kernel],
     adam: Callable[[Agent], Any],
+    critic: Callable[..., Any] | None = None,
 ) -> loop.State:
     """Fresh networks, with the statistics of one rollout from where the training starts.
 
     The kernel is `policy(config, env.spec, key=key)`; `adam` tells what of the agent `descend` is
-    to move.
+    to move. The critic is one of V(o, z), or `critic(config, env.spec, kernel, key)`.
     """
     kernel_key, critic_key, env_key, rollout_key, key = jr.split(key, 5)
     kernel = policy(config, env.spec, key=kernel_key)
-    sizes = env.spec.critic_size, kernel.feature(kernel.z0).size, [*config.hidden]
-    critic = Critic(*sizes, feature=kernel.feature, key=critic_key)
+    values = (critic or make_critic)(config, env.spec, kernel, critic_key)
     env_keys = jr.split(env_key, config.num_envs)
     carry = jax.vmap(lambda k: reset(kernel, env, key=k))(env_keys)
     obs = collect(config, env, kernel, carry, rollout_key)[1].obs
     agent = Agent(
-        start_statistics(kernel, policy_view(obs)), start_statistics(critic, critic_view(obs))
+        start_statistics(kernel, policy_view(obs)), start_statistics(values, critic_view(obs))
     )
     moved = adam(agent)
     opt_state = optimiser(config).init(eqx.filter(moved, trainable(moved)))
     return loop.State(Learned(*agent, opt_state), carry, key)
+
+
+def make_critic(config: OnPolicyConfig, spec: Spec, kernel: Kernel, key: PRNGKeyArray) -> Critic:
+    """V(o, z)."""
+    sizes = spec.critic_size, kernel.feature(kernel.z0).size, [*config.hidden]
+    return Critic(*sizes, feature=kernel.feature, key=key)
 
 
 def collect(
