@@ -94,7 +94,7 @@ def loss(config: Config, agent: Agent, batch: Any) -> tuple[Array, dict[str, Arr
     return policy_loss + value_loss - config.entropy_coef * entropy, metrics
 
 
-def quieter(config: Config, kernel: Kernel) -> Kernel:
+def quieter(config: Any, kernel: Kernel) -> Kernel:
     """After an update: log σ of a z' that is drawn around a location, less by a share of the fall.
 
     Noise is what the score of z' needs, and what blurs memory: it is wide while z' has to be found,

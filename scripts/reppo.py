@@ -5,8 +5,8 @@ rollout, the policy climbs their slope in a and z', and a KL divergence keeps it
 that acted. There is no buffer, so no z' is stale. With critics that see no state (by default),
 memory and values are learned together.
 
-    python scripts/reppo.py                 # S2PG on Pendulum without velocities
-    python scripts/reppo.py --privileged    # with critics that see the state
+    python scripts/reppo.py                # S2PG on Pendulum without velocities
+    python scripts/reppo.py --privileged   # with critics that see the state
     python scripts/reppo.py --memory bptt
 """
 

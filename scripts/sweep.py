@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from spg import limits
 from spg.training import cli, devices, grids, records, tables, terminal
 
-ALGORITHMS = "ppo", "trpo", "reinforce", "sac", "td3", "slac", "gpomdp", "gamp"
+ALGORITHMS = "ppo", "trpo", "reppo", "reinforce", "sac", "td3", "slac", "gpomdp", "gamp"
 
 
 def config_of(script: Any) -> type:

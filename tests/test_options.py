@@ -28,6 +28,7 @@ from scripts import (
     kstep,
     ppo,
     reinforce,
+    reppo,
     sac,
     slac,
     td3,
@@ -72,7 +73,7 @@ from spg.worlds.traps import cartpole, chain, matching, random_aggregated
 ROOT = Path(__file__).parents[1]
 EVERY = [
     evaluate,
-    ppo, trpo, reinforce, sac, slac, td3, gamp, gpomdp, kstep, filters, controllers, curves,
+    ppo, trpo, reppo, reinforce, sac, slac, td3, gamp, gpomdp, kstep, filters, controllers, curves,
     best_controller, gamp_scale, gamp_variants, gpomdp_signal, gpomdp_variance, kstep_benchmark,
     memory, offpolicy_times, outdegree, questions, scaling, scans,
 ]  # fmt: skip

@@ -70,7 +70,7 @@ class OnPolicyConfig(options.EnvConfig, PolicyConfig, options.RunConfig):
 
 class Agent(NamedTuple):
     kernel: Kernel
-    critic: Critic
+    critic: Any  # of V(o, z); of Q(o, a, z') in reppo.py
 
 
 class Learned(NamedTuple):
@@ -137,7 +137,7 @@ def collect(
 
 
 def update(
-    learn: Callable[..., tuple[Learned, dict[str, Array]]],
+    learn: Callable[..., tuple[Any, dict[str, Array]]],
     config: OnPolicyConfig,
     env: Env,
     state: loop.State,
