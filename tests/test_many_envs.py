@@ -10,6 +10,7 @@ import pytest
 
 import scripts.benchmarks.many_envs as many_envs  # it puts scripts/ on the path
 from scripts.benchmarks import curves, gpu
+from spg.limits import check
 
 ppo = curves.ppo
 TINY = ppo.Config(
@@ -31,6 +32,18 @@ def test_settings_of_many_environments_can_train(task):
         if name == "sac":  # as many samples for a step of an environment
             samples = config.num_gradients * config.batch_size / config.rollout_size
             assert samples == 32
+
+
+def test_tasks_are_settings_of_the_script_that_trains_them():
+    for algorithm, script in curves.SCRIPTS.items():
+        name = "size" if algorithm in curves.IMITATION else "pendulum"
+        config, methods = curves.task(name, algorithm)
+        assert type(config) is script.Config
+        for words in methods.values():
+            check(replace(config, **words))
+    assert "S2PG score" not in curves.task("pendulum", "reppo")[1]
+    with pytest.raises(ValueError, match="'ant' is not for gail; choose from size, payload"):
+        curves.task("ant", "gail")
 
 
 @pytest.mark.long

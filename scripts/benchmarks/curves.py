@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import lsiq
 import ppo
+import reppo
 import sac
 import td3
 
@@ -51,9 +52,9 @@ class Config:
     """by default runs/curves-<task>, or runs/curves-<task>-<algorithm>"""
     methods: tuple[str, ...] = ()
     """which of the task's methods; by default all"""
-    algorithm: Literal["ppo", "sac", "td3", "gail", "lsiq"] = "ppo"
-    """sac and td3 are for the tasks with continuous actions, and show the critic the full state;
-    gail and lsiq imitate the expert of the task, which is trained first where it is not there"""
+    algorithm: Literal["ppo", "reppo", "sac", "td3", "gail", "lsiq"] = "ppo"
+    """reppo, sac and td3 are for the tasks with continuous actions; sac and td3 show critics the
+    full state; gail and lsiq imitate the expert of the task, which is trained first where it is not there"""
     total_steps: Total | None = None
     """environment steps of each seed; by default those of the task"""
 
@@ -88,6 +89,7 @@ RINGWORLD: dict[str, dict[str, Any]] = {
     **{name: UNITS[name] for name in ("linear-64", "gated-64", "GRU-64")},
     **{name: METHODS[name] for name in METHODS if name not in ("window-5", "oracle")},
 }
+PENDULUM = METHODS | {"S2PG privileged": {"memory": "s2pg", "privileged": True}}
 MATRICES: dict[str, dict[str, Any]] = {
     f"{label} {cell}": {"memory": memory, "cell": cell, "z_size": 64}
     for label, memory in (("BPTT", "bptt"), ("S2PG", "s2pg"))
@@ -123,7 +125,9 @@ IMITATION = {
     },
 }
 WITH_GOALS = "PointMass-memory", "Doors-memory"  # what `success` is for
-SCRIPTS: dict[str, Any] = {"ppo": ppo, "sac": sac, "td3": td3, "gail": gail, "lsiq": lsiq}
+SCRIPTS: dict[str, Any] = {
+    "ppo": ppo, "reppo": reppo, "sac": sac, "td3": td3, "gail": gail, "lsiq": lsiq
+}  # fmt: skip
 
 
 MEMORY: dict[str, Any] = {"observe": "all", "entropy_coef": 0.03}
@@ -202,7 +206,8 @@ def task(name: str, algorithm: str = "ppo") -> tuple[Any, dict[str, dict[str, An
     Cell, noise, size of z and what is not in `TASKS` are the defaults, the same in every task.
     """
     imitates = algorithm in IMITATORS
-    tasks = {"ppo": TASKS, **dict.fromkeys(IMITATORS, BODIES)}.get(algorithm, OFF_POLICY_TASKS)
+    fresh = dict.fromkeys(("ppo", "reppo"), TASKS) | dict.fromkeys(IMITATORS, BODIES)
+    tasks = fresh.get(algorithm, OFF_POLICY_TASKS)
     kind, _, rest = name.rpartition("-")
     if rest not in tasks:
         raise ValueError(f"task {name!r} is not for {algorithm}; choose from {', '.join(tasks)}")
@@ -210,12 +215,14 @@ def task(name: str, algorithm: str = "ppo") -> tuple[Any, dict[str, dict[str, An
         demonstrations = {"demonstrations": f"{expert_of(name)}/demonstrations.npz"}
         words = BODIES[name] | IMITATORS[algorithm] | demonstrations
         return replace(SCRIPTS[algorithm].Config(), **words), IMITATION[algorithm]
-    if algorithm != "ppo":
+    if algorithm in ("sac", "td3"):
         words = {k: v for k, v in tasks[name].items() if algorithm == "sac" or "entropy" not in k}
         return replace(SCRIPTS[algorithm].Config(), **words), OFF_POLICY
-    own = RINGWORLD if rest == "ringworld" else METHODS
+    own = {"ringworld": RINGWORLD, "pendulum": PENDULUM}.get(rest, METHODS)
     methods = {"units": UNITS, "matrices": MATRICES}.get(kind, own)
-    return replace(ppo.Config(), **TASKS[rest]), methods
+    if algorithm == "reppo":
+        methods = {k: v for k, v in methods.items() if "memory_gradient" not in v}
+    return replace(SCRIPTS[algorithm].Config(), **TASKS[rest]), methods
 
 
 def expert_of(name: str) -> str:
