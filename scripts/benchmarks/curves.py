@@ -54,7 +54,7 @@ class Config:
     """which of the task's methods; by default all"""
     algorithm: Literal["ppo", "reppo", "sac", "td3", "gail", "lsiq"] = "ppo"
     """reppo, sac and td3 are for the tasks with continuous actions; sac and td3 show critics the
-    full state; gail and lsiq imitate the expert of the task, which is trained first where it is not there"""
+    full state; gail and lsiq imitate the expert of the task, which is trained first"""
     total_steps: Total | None = None
     """environment steps of each seed; by default those of the task"""
 
