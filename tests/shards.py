@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scripts import gpomdp, ppo, reinforce, sac, td3, trpo
+from scripts import gpomdp, ppo, reinforce, reppo, sac, td3, trpo
 from spg.rollout import Carry
 from spg.training import devices
 
@@ -22,6 +22,9 @@ REPLAY = NETS | {
 CONFIGS = {
     "ppo": ppo.Config(num_steps=8, num_minibatches=2, num_epochs=2, total_steps=256, **NETS),
     "trpo": trpo.Config(num_steps=8, num_minibatches=2, num_epochs=2, total_steps=256, **NETS),
+    "reppo": reppo.Config(
+        num_steps=8, num_minibatches=2, num_epochs=2, total_steps=256, critic_hidden=(8,), **NETS
+    ),
     "reinforce": reinforce.Config(
         env="TMaze-memory", env_params={"length": 5}, total_steps=256, **NETS
     ),

@@ -85,7 +85,7 @@ def test_devices_that_stay_idle_are_named(num_seeds, available, used, said, caps
     [
         ("ppo", ("1x2", "1x4", "2x2")),
         *((x, ("1x4",)) for x in ("reinforce", "gpomdp", "sac", "td3")),
-        pytest.param("trpo", ("1x4",), marks=pytest.mark.long),
+        *(pytest.param(x, ("1x4",), marks=pytest.mark.long) for x in ("trpo", "reppo")),
     ],
 )
 def test_a_training_is_the_same_on_1_2_and_4_devices(name, labels):
