@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -41,7 +41,7 @@ from spg.estimators.trust_region import factor_kl
 from spg.kernels.critics import QCritic
 from spg.kernels.factory import make_kernel
 from spg.kernels.kernel import Kernel
-from spg.limits import Fraction, Needs, NonNegative, Range, Total
+from spg.limits import Constant, Fraction, Needs, NonNegative, Range, Size, Total
 from spg.scans import join_segments, split_segments
 from spg.training import cli, loop, on_policy, options
 from spg.training.loop import Report, State
@@ -60,13 +60,21 @@ class Config(OnPolicyConfig):
     """discount"""
     gae_lambda: Fraction = 0.95
     """λ of the returns that the critics regress on"""
-    memory_gradient: Annotated[str, Suppress] = "mixed"  # of policies that follow the score
+    memory: Literal["s2pg", "bptt", "window", "none", "oracle"] = "s2pg"
+    """how z' follows from (o, z): drawn, computed, or a window; none and oracle have no memory, the
+    oracle sees the state"""
+    memory_gradient: Annotated[Literal["mixed"], Suppress] = "mixed"  # no score is followed
+    k: Annotated[int, Suppress] = 8  # of memories without a path from Q
+    filter: Annotated[str, Suppress] = "belief"
+    leak: Annotated[float, Suppress, Constant] = 0.1
+    hidden: tuple[Size, ...] = (64,)
+    """widths of the hidden layers of the policy's head"""
     kl_coef: Annotated[NonNegative, Range(0, 1000, usual="0.1 to 1 is usual")] = 0.2
     """weight of the KL divergence from the policy that acted, of z' and of a, where returns have a
     standard deviation of 1"""
     critics: Annotated[int, Range(1, 100, whole=True)] = 1
     """of which the smallest counts"""
-    critic_hidden: tuple[Annotated[int, Range(1, 2**20, whole=True)], ...] = (64, 64)
+    critic_hidden: tuple[Size, ...] = (64, 64)
     """widths of the hidden layers of critics, which are normalised"""
     noise_fall: Annotated[float, Range(1, 1000, usual="1 to 10 is usual"), Needs(memory="s2pg")] = (
         5.0
@@ -109,7 +117,10 @@ def step(config: Config, env: Env, state: State) -> tuple[State, Report]:
 def learn(
     config: Config, learned: Learned, traj: Transition, key: PRNGKeyArray
 ) -> tuple[Learned, dict[str, Array]]:
-    """Epochs of minibatches on what the kernel recorded, and means of their metrics."""
+    """Epochs of minibatches on what the kernel recorded, and means of their metrics.
+
+    The noise with which the policy chooses again is drawn once for all epochs.
+    """
     kernel, critic, mean_square, count, opt_state = learned
     next_key, path_key, key = jr.split(key, 3)
     returns = lambda_returns(config, learned, traj, next_key)

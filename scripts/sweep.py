@@ -39,7 +39,8 @@ def sweep(name: str, script: Any, config: Any, say: terminal.Interruption) -> No
     """Train the points that are not there yet. Raises ValueError for what cannot run."""
     fields = [f.name for f in dataclasses.fields(script.Config)]
     plain = script.Config(**{field: getattr(config, field) for field in fields})
-    if any(getattr(config, name) not in (None, False) for name in records.PROCESSES):
+    told = [getattr(config, name) for name in records.PROCESSES]
+    if any(x is not None and x is not False for x in told):
         raise ValueError("a sweep runs in one process, on all of its devices")
     if config.resume and config.out is None:
         raise records.RunError("--resume needs --out, the directory of the sweep to go on with")

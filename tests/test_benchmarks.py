@@ -364,6 +364,10 @@ PROGRAM = """HloModule step
   ROOT %w = (s32[]) while(%s), body=%minibatch.1, config={"known_trip_count":{"n":"32"}}
 }
 
+%one (a: f32[]) -> f32[] {
+  ROOT %r = c64[2] all-reduce(%a), to_apply=%sum
+}
+
 %search (state: (s32[])) -> (s32[]) {
   %mean = bf16[2] all-reduce-start(%x), to_apply=%sum
 }
@@ -372,15 +376,19 @@ ENTRY %main (state: f32[3]) -> f32[3] {
   %w1 = (s32[]) while(%s), body=%epoch, config={"known_trip_count":{"n":"4"}}
   %w2 = (s32[]) while(%s), body=%search
   %f = f64[5]{0} all-gather(%s), dimensions={0}
+  %c = f32[] conditional(%s), branch_computations={%one, %sum}
   %done = bf16[2] all-reduce-done(%mean)
 }
 """
 
 
 def test_collectives_count_as_often_as_their_loops_run():
-    """128 minibatches of 256 rows of three floats and an int; a mean; five doubles gathered."""
+    """128 minibatches of 256 rows of three floats and an int; a mean; a branch; five doubles."""
     rows = 256 * 3 * 4 + 256 * 4
-    assert scaling.sent(PROGRAM) == {"collectives": 130, "bytes": 128 * rows + 2 * 2 + 5 * 8}
+    assert scaling.sent(PROGRAM) == {
+        "collectives": 131,
+        "bytes": 128 * rows + 2 * 2 + 2 * 8 + 5 * 8,
+    }
 
 
 @pytest.mark.slow

@@ -132,7 +132,7 @@ def test_a_vmapped_point_is_what_it_is_alone(script, config, words, tmp_path):
         ([], "a sweep needs --grid"),
         (["--resume"], "--resume needs --out"),
         (["--num-processes", "2"], "a sweep runs in one process"),
-        (["--process-id", "1"], "a sweep runs in one process"),
+        (["--process-id", "0"], "a sweep runs in one process"),
         (
             ["--shard", "envs", "--num-envs", "1", "--grid", "gamma", "0.9", "1"],
             "this training has no environments to share out",

@@ -34,7 +34,8 @@ from spg.training import cli, devices, off_policy, on_policy, options, records, 
 
 SCRIPTS: dict[str, Any] = {"ppo": ppo, "sac": sac}
 COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
+CALLS = r"calls|to_apply|condition|\w+_computation"
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,13 @@ def sent(program: str) -> dict[str, int]:
         for line in bodies[name]:
             if found := re.search(rf" = (.*?) ({COLLECTIVES})(-start)?\(", line):
                 total += [1, size(found[1])]
-            if called := re.search(r"\bbody=%?([\w.\-]+)", line):
+            if body := re.search(r"\bbody=%?([\w.\-]+)", line):
                 times = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                total += count(called[1]) * (int(times[1]) if times else 1)
-            for called in re.findall(r"\b(?:calls|to_apply|\w+_computation)=%?([\w.\-]+)", line):
-                total += count(called)
+                total += count(body[1]) * (int(times[1]) if times else 1)
+            called = re.findall(rf"\b(?:{CALLS})=%?([\w.\-]+)", line)
+            for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
+                called += re.findall(r"[\w.\-]+", branches)
+            total += sum(map(count, called))
         return total
 
     number, size_of_all = count("entry")

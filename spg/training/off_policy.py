@@ -295,7 +295,7 @@ def algorithm(
 
     if config.memory in DRAWN and not (config.privileged or shows_state(env)):
         print(
-            f"warning: the critics do not see the state (observe is {config.observe}). Learning "
+            f"warning: the critics may not see the state (observe is {config.observe}). Learning "
             "them by bootstrapping together with the memory that would show the rest is unstable "
             "(Al-Hafez et al., 2024); --privileged shows it to them",
             file=sys.stderr,
