@@ -218,8 +218,9 @@ def task(name: str, algorithm: str = "ppo") -> tuple[Any, dict[str, dict[str, An
     if algorithm in ("sac", "td3"):
         words = {k: v for k, v in tasks[name].items() if algorithm == "sac" or "entropy" not in k}
         return replace(SCRIPTS[algorithm].Config(), **words), OFF_POLICY
-    own = {"ringworld": RINGWORLD, "pendulum": PENDULUM}.get(rest, METHODS)
-    methods = {"units": UNITS, "matrices": MATRICES}.get(kind, own)
+    by_task = {"ringworld": RINGWORLD, "pendulum": PENDULUM}
+    by_kind = {"units": UNITS, "matrices": MATRICES}
+    methods = by_kind.get(kind) or by_task.get(rest) or METHODS
     if algorithm == "reppo":
         methods = {k: v for k, v in methods.items() if "memory_gradient" not in v}
     return replace(SCRIPTS[algorithm].Config(), **TASKS[rest]), methods
