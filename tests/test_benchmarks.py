@@ -85,6 +85,7 @@ def test_memoryless_references_do_as_many_multiply_adds_as_s2pg(cell):
         assert memory.multiply_adds(found[name]) == pytest.approx(count, rel=0.03)
 
 
+@pytest.mark.slow
 def test_every_cell_is_measured_with_each_size():
     config = replace(TINY, cells=("gru", "hybrid"), z_size=(32, 64))
     found = [m for m in memory.methods(config) if m.name == "BPTT-T"]

@@ -60,7 +60,7 @@ def test_humanoid_hides_velocities_of_joints_and_of_bodies():
     obs, state = jax.eval_shape(lambda: env.reset(jr.key(0), params))
     assert (obs.policy.shape, obs.critic.shape) == ((155,), (244,))
     own = jnp.arange(244.0)
-    assert env._policy(own, state.env).tolist() == np.flatnonzero(~velocity).tolist()
+    assert env.policy(own, state.env).tolist() == np.flatnonzero(~velocity).tolist()
     assert env._critic(own, state.env).tolist() == own.tolist()
 
 
