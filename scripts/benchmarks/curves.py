@@ -187,7 +187,7 @@ EXPERT = ppo.Config(
     memory="oracle", num_steps=32, hidden=(64, 64), learning_rate=3e-4, num_seeds=1,
     total_steps=4_000_000, checkpoints=6, eval_episodes=8,
 )  # fmt: skip
-IMITATORS: dict[str, dict[str, Any]] = {
+IMITATION_SETTINGS: dict[str, dict[str, Any]] = {
     "gail": {
         "num_steps": 160, "gamma": 0.97, "discriminator_steps": 8, "checkpoints": 4,
         "eval_episodes": 8,
@@ -200,22 +200,26 @@ IMITATORS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+TASKS_OF = {
+    "ppo": TASKS, "reppo": TASKS, "sac": OFF_POLICY_TASKS, "td3": OFF_POLICY_TASKS,
+    "gail": BODIES, "lsiq": BODIES,
+}  # fmt: skip
+
+
 def task(name: str, algorithm: str = "ppo") -> tuple[Any, dict[str, dict[str, Any]]]:
     """The configuration that all methods share, and the methods to compare.
 
     Cell, noise, size of z and what is not in `TASKS` are the defaults, the same in every task.
     """
-    imitates = algorithm in IMITATORS
-    fresh = dict.fromkeys(("ppo", "reppo"), TASKS) | dict.fromkeys(IMITATORS, BODIES)
-    tasks = fresh.get(algorithm, OFF_POLICY_TASKS)
+    tasks = TASKS_OF[algorithm]
     kind, _, rest = name.rpartition("-")
     if rest not in tasks:
         raise ValueError(f"task {name!r} is not for {algorithm}; choose from {', '.join(tasks)}")
-    if imitates:
+    if tasks is BODIES:
         demonstrations = {"demonstrations": f"{expert_of(name)}/demonstrations.npz"}
-        words = BODIES[name] | IMITATORS[algorithm] | demonstrations
+        words = BODIES[name] | IMITATION_SETTINGS[algorithm] | demonstrations
         return replace(SCRIPTS[algorithm].Config(), **words), IMITATION[algorithm]
-    if algorithm in ("sac", "td3"):
+    if tasks is OFF_POLICY_TASKS:
         words = {k: v for k, v in tasks[name].items() if algorithm == "sac" or "entropy" not in k}
         return replace(SCRIPTS[algorithm].Config(), **words), OFF_POLICY
     by_task = {"ringworld": RINGWORLD, "pendulum": PENDULUM}
@@ -277,7 +281,7 @@ def main(config: Config) -> None:
     shared = replace(shared, num_seeds=config.num_seeds, seed=config.seed)
     if config.total_steps is not None:
         shared = replace(shared, total_steps=config.total_steps)
-    if config.algorithm in IMITATORS:
+    if config.algorithm in IMITATION:
         train_expert(config.task)
     rows, curves = [], []
     for name in config.methods or methods:

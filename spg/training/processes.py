@@ -6,6 +6,7 @@ directory: it is given what the others hold, and tells them what it reads.
 
 import itertools
 import os
+import re
 import sys
 import threading
 import traceback
@@ -51,7 +52,7 @@ def join(config: "RunConfig") -> None:
             "on Slurm, Open MPI, Kubernetes and Cloud TPU"
         )
     address, count, own = told.values()
-    if address is not None and not address.rpartition(":")[2].isdigit():
+    if address is not None and not re.search(r".:\d+$", address):
         raise ValueError(
             f"coordinator_address is {address}; it has to end in a port, as 10.0.0.1:1234"
         )
