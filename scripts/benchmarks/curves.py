@@ -182,6 +182,10 @@ BODIES: dict[str, dict[str, Any]] = {
         "env": "brax/halfcheetah", "observe": "all", "previous_action": True,
         "env_params": {"payload": 1.0},
     },
+    "hopper": {
+        "env": "brax/hopper", "observe": "positions", "previous_action": True,
+        "env_params": {"smallest": 0.4},
+    },
 }  # fmt: skip
 EXPERT = ppo.Config(
     memory="oracle", num_steps=32, hidden=(64, 64), learning_rate=3e-4, num_seeds=1,
