@@ -16,7 +16,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -45,6 +45,9 @@ class Config:
     """to record"""
     sampled: bool = False
     """draw actions and internal states; otherwise the noise-free policy acts"""
+    memoryless: str | None = None
+    """directory of a run with --memory none in the same world, trained by reward; a warning, if the
+    expert is no better"""
     seed: Seed = 0
     """of the episodes"""
 
@@ -54,9 +57,7 @@ def main(config: Config) -> None:
     out = Path(config.run)
     if config.run == RUN and not (out / "summary.json").exists():
         cli.train(ppo.make, DEFAULT, out)
-    run = spg.load(config.run)
-    if "problem" in run.config:
-        raise ValueError(f"{config.run} is of a finite-state controller, which is not imitated")
+    run = _open(config.run)
     best, key = _best(run, config)
     view = policies.part(options.EnvConfig, run.config)
     env = options.make_env(replace(view, privileged=True))
@@ -67,17 +68,46 @@ def main(config: Config) -> None:
         "sampled": config.sampled,
         "seed": config.seed,
     }
+    if config.memoryless is not None:
+        made["memoryless_return"] = _memoryless_return(config.memoryless, made, config)
     expert = experts.Expert(run.kernel(best), config.sampled, run.config["memory"] == "oracle")
     found = experts.record(expert, env, num_episodes=config.episodes, made=made, key=key)
     demonstrations.save(out / "demonstrations.npz", found)
     if line := demonstrations.weakness(found):
         print(f"warning: {line}", file=sys.stderr)
+    references = ", ".join(f"of {k} {v:.4g}" for k, v in demonstrations.references(found).items())
     print(
         f"{config.episodes} episodes, {len(found.action):,} steps, of seed {run.seeds[best]}; "
         f"return {found.returns.mean():.4g}, of {experts.EPISODES} others "
-        f"{found.made['expert_return']:.4g}, of random actions {found.made['random_return']:.4g}\n"
+        f"{found.made['expert_return']:.4g}, {references}\n"
         f"{out / 'demonstrations.npz'}"
     )
+
+
+def _open(directory: str) -> spg.Run:
+    run = spg.load(directory)
+    if "problem" in run.config:
+        raise ValueError(f"{directory} is of a finite-state controller, which is not imitated")
+    return run
+
+
+def _memoryless_return(directory: str, made: dict[str, Any], config: Config) -> float:
+    """That of the best seed, sampled or noise-free as the expert is.
+
+    Raises ValueError for a policy that remembers or sees what imitators do not, or another world.
+    """
+    run = _open(directory)
+    if (memory := run.config["memory"]) != "none":
+        raise ValueError(f"{directory} has memory {memory}; --memoryless is for a run with none")
+    view = vars(policies.part(options.EnvConfig, run.config))
+    for name in (*demonstrations.WORLD, *demonstrations.SEEN):
+        if view[name] != made[name]:
+            raise ValueError(
+                f"{directory} has {name} {view[name]}, and the expert's run has {made[name]}"
+            )
+    best, key = _best(run, config)
+    found = spg.evaluation(run.kernel(best), run.env, num_episodes=experts.EPISODES, key=key)
+    return float(found.sampled if config.sampled else found.noise_free)
 
 
 def _best(run: spg.Run, config: Config) -> tuple[int, jax.Array]:

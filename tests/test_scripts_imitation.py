@@ -217,14 +217,43 @@ def test_demonstrations_of_a_run_are_made_and_imitated(tmp_path, monkeypatch, ca
     two_updates(clone, replace(CLONE, demonstrations=path), tmp_path)
 
 
+def untrained(directory, config):
+    """A run as a script leaves it, with zeros for its weights."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"name": "ppo"} | asdict(config)))
+    env = options.make_env(config, oracle=config.memory == "oracle")
+    shapes = jax.eval_shape(lambda key: spg.make_kernel(config, env.spec, key=key), jr.key(0))
+    kernels = jax.tree.map(lambda x: np.zeros((config.num_seeds, *x.shape), x.dtype), shapes)
+    policies.save(directory, kernels)
+    return str(directory)
+
+
+@pytest.mark.slow
+def test_an_expert_is_compared_with_a_memoryless_policy(tmp_path, capsys):
+    """Two that do the same, so the expert is no better."""
+    params = {"max_steps_in_episode": 4.0}
+    config = replace(demonstrate.DEFAULT, hidden=(2,), out=None, env_params=params)
+    expert = untrained(tmp_path / "expert", config)
+    none = replace(config, memory="none")
+    memoryless = untrained(tmp_path / "none", none)
+    demonstrate.main(demonstrate.Config(expert, episodes=2, memoryless=memoryless))
+    found = demonstrations.load(tmp_path / "expert" / "demonstrations.npz")
+    told = capsys.readouterr()
+    line = f"of the memoryless policy {found.made['memoryless_return']:.4g}"
+    assert line in told.out
+    for words, message in (
+        ({"observe": "all"}, "observe all, and the expert's run has positions"),
+        ({"memory": "s2pg"}, "memory s2pg; --memoryless is for a run with none"),
+    ):
+        other = untrained(tmp_path / "-".join(words), replace(none, **words))
+        with pytest.raises(ValueError, match=message):
+            demonstrate.main(demonstrate.Config(expert, memoryless=other))
+
+
 @pytest.mark.slow
 def test_the_best_seed_is_recorded(tmp_path, monkeypatch):
     config = replace(demonstrate.DEFAULT, num_seeds=2, hidden=(2,), seed=3, out=None)
-    (tmp_path / "config.json").write_text(json.dumps({"name": "ppo"} | asdict(config)))
-    env = options.make_env(config, oracle=True)
-    shapes = jax.eval_shape(lambda key: spg.make_kernel(config, env.spec, key=key), jr.key(0))
-    policies.save(tmp_path, jax.tree.map(lambda x: np.zeros((2, *x.shape), x.dtype), shapes))
-    run = spg.load(tmp_path)
+    run = spg.load(untrained(tmp_path / "run", config))
     run = run._replace(kernels=jax.tree.map(lambda x: x.at[1].add(1.0), run.kernels))
 
     def evaluation(kernel, env, **words):

@@ -97,6 +97,9 @@ def test_fraction_is_0_for_random_actions_and_1_for_the_expert():
     line = demonstrations.weakness(weak) or ""
     assert "-9" in line
     assert "-8" in line
+    between = make(made=make().made | {"memoryless_return": -3.0})
+    line = demonstrations.weakness(between) or ""
+    assert "-4 is no better than -3, that of the memoryless policy" in line
 
 
 def test_what_an_episode_draws_is_found_among_the_state():

@@ -153,14 +153,19 @@ def check_sizes(
         )
 
 
+def references(found: Demonstrations) -> dict[str, float]:
+    """Returns that an expert should be above: of random actions, of a policy without memory."""
+    names = {"random actions": "random_return", "the memoryless policy": "memoryless_return"}
+    return {name: found.made[key] for name, key in names.items() if key in found.made}
+
+
 def weakness(found: Demonstrations) -> str | None:
-    """A warning where the expert is no better than random actions, which are memoryless."""
-    expert, random = found.made["expert_return"], found.made["random_return"]
-    if expert > random:
+    """A warning where the expert is no better than random actions, or a policy without memory."""
+    expert = found.made["expert_return"]
+    name, best = max(references(found).items(), key=lambda item: item[1])
+    if expert > best:
         return None
-    return (
-        f"the expert's return {expert:.4g} is no better than {random:.4g}, that of random actions"
-    )
+    return f"the expert's return {expert:.4g} is no better than {best:.4g}, that of {name}"
 
 
 def _check(path: Path, found: Demonstrations) -> None:
