@@ -85,6 +85,10 @@ def test_devices_that_stay_idle_are_named(num_seeds, available, used, said, caps
     [
         ("ppo", ("1x2", "1x4", "2x2")),
         *((x, ("1x4",)) for x in ("reinforce", "gpomdp", "sac", "td3")),
+        *(
+            pytest.param(x, ("1x2", "2x2"), marks=pytest.mark.long)
+            for x in ("reinforce", "gpomdp", "sac", "td3")
+        ),
         *(pytest.param(x, ("1x4",), marks=pytest.mark.long) for x in ("trpo", "reppo")),
     ],
 )

@@ -87,6 +87,33 @@ def test_when_one_process_is_killed_the_other_says_so_and_both_can_resume(tmp_pa
     assert_same_run(tmp_path / "whole", out)
 
 
+FAILING = """
+import runpy, sys
+from spg.training import loop, processes
+before = loop.run
+def run(*arguments):
+    if processes.jax.process_index() == %d:
+        raise ValueError("two lines\\nof an error")
+    return before(*arguments)
+loop.run = run
+sys.argv[0] = %r
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_error_of_one_process_is_told_by_all_in_one_line(bad, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING % (bad, WALK[0]))
+    words = (str(tmp_path / "failing.py"), *WALK[1:], "--out", str(tmp_path / "run"))
+    processes = start_two(*words, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert processes[1 - bad].returncode == 2, said
+    assert said[1 - bad].splitlines()[-1] == f"error: process {bad} has ended: two lines"
+    assert "Traceback" not in said[1 - bad]
+    assert processes[bad].returncode == 1  # a bug: its own process shows all of it
+    assert "two lines\nof an error" in said[bad]
+
+
 @pytest.mark.parametrize("own", ["0", "1"])
 def test_a_process_that_waits_in_vain_ends_with_one_line(own):
     """Neither the first, nor one that waits for the first."""

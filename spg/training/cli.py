@@ -210,4 +210,4 @@ def once(
 def fail(error: Exception) -> NoReturn:
     """End the process with one line and status 2."""
     print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(2) from error

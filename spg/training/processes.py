@@ -9,9 +9,10 @@ import os
 import re
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -31,6 +32,9 @@ HEARTBEAT = 30  # seconds without a sign of life after which a process counts as
 PATIENCE = 3600  # seconds to wait for one that compiles, or reads, or draws the pictures
 ARRIVAL = 300  # seconds to wait for all to start
 MEETINGS = itertools.count()  # each has a name of its own
+ENDED = "spg ended"  # where a process tells the others why it ends
+LOOK = 0.5  # seconds between two looks whether one has ended
+_over = threading.Event()  # this process has done its part
 
 
 def join(config: "RunConfig") -> None:
@@ -75,6 +79,40 @@ def join(config: "RunConfig") -> None:
         ) from error
     finally:
         patience.cancel()
+    threading.Thread(target=_look, daemon=True).start()
+
+
+def _look() -> None:
+    """End this process as soon as another one tells that it ends."""
+    client: Any = distributed.global_state.client
+    while not _over.wait(LOOK):
+        try:
+            line = client.key_value_try_get(ENDED)
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" in str(error):
+                continue
+            return  # nobody is there to be asked
+        if not _over.is_set():
+            time.sleep(6 * LOOK if leads() else 0)  # JAX aborts those whom the first one leaves
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+
+def _tell(error: BaseException) -> None:
+    """Tell the other processes why this one ends, and give them time to read it."""
+    _over.set()
+    why = error.__cause__ if isinstance(error, SystemExit) and error.__cause__ else error
+    line = f"process {jax.process_index()} has ended: {_line(why) or type(why).__name__}"
+    client: Any = distributed.global_state.client
+
+    def put() -> None:
+        with suppress(jax.errors.JaxRuntimeError):  # another one was first, or nobody is there
+            client.key_value_set(ENDED, line)
+
+    thread = threading.Thread(target=put, daemon=True)
+    thread.start()
+    thread.join(4 * LOOK)
+    time.sleep(4 * LOOK)
 
 
 def _alone(told: dict[str, Any]) -> None:
@@ -173,7 +211,9 @@ def together() -> Iterator[None]:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
+        _tell(error)
         os._exit(status if isinstance(status, int) else 1)
+    _over.set()
     jax.distributed.shutdown()
 
 
