@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -166,6 +167,37 @@ def test_the_buffer_holds_the_last_steps_in_a_chain(script, config):
     assert np.array_equal(steps.obs.policy[1:][follows], steps.final_obs.policy[:-1][follows])
     assert np.abs(steps.action).max() <= 1
     assert not (steps.terminated | steps.truncated)[:-1][follows].any()
+
+
+@pytest.mark.slow
+def test_an_update_takes_as_long_with_10_000_as_with_a_million_steps_of_capacity():
+    """Processor time within a fifth, medians of interleaved repeats, in one of three attempts."""
+    sizes = 10_240, 1_048_576
+    config = replace(SAC, num_envs=64, buffer_size=sizes[0], learning_starts=4_096, batch_size=256)
+    env = options.make_env(config)
+    train = jax.jit(
+        lambda state: lax.fori_loop(0, 5, lambda _, s: sac.step(config, env, s)[0], state),
+        donate_argnums=0,
+    )
+    state = jax.jit(partial(sac.init, config, env))(jr.key(0))
+    ring = state.world.ring
+    more = lambda x: jnp.tile(x, (-(-sizes[1] // sizes[0]), *[1] * (x.ndim - 1)))
+    large = ring._replace(steps=jax.tree.map(more, ring.steps))
+    states = [jax.tree.map(jnp.copy, state), state._replace(world=state.world._replace(ring=large))]
+    states = list(map(train, states))  # compiled for each
+
+    def ratio() -> float:
+        times: list[list[float]] = [[], []]
+        for _ in range(7):
+            for i, own in enumerate(times):
+                began = time.process_time()
+                states[i] = jax.block_until_ready(train(states[i]))
+                own.append(time.process_time() - began)
+        small, large = map(np.median, times)
+        return float(large / small)
+
+    assert states[1].world.ring.capacity > 100 * states[0].world.ring.capacity
+    assert any(ratio() < 1.2 for _ in range(3))
 
 
 @pytest.mark.slow
