@@ -149,10 +149,10 @@ def _run(
     def start(floats, keys):
         return Seeds(jax.vmap(algorithm.init)(floats, keys), jnp.zeros(len(keys), jnp.int32))
 
-    one = _part((floats, roots[:, 0]), 0, len(points))
-    like = jax.eval_shape(start, *one)
-    report = jax.eval_shape(jax.vmap(algorithm.step), one[0], like.state)[1]
-    names = _names(algorithm.measure, report)
+    mesh = layout(config.shard, len(lanes), algorithm.num_envs, alone=not algorithm.sharded)
+    every = jax.eval_shape(start, floats, roots[:, 0])
+    look = program(mesh, lambda *x: jax.vmap(algorithm.step)(*x)[1])
+    names = _names(algorithm.measure, jax.eval_shape(look, floats, every.state))
     outs = points if leads() else ()  # the other processes write nothing
     directories = [Directory(out, algorithm, numbers, names) for out in outs]
     update, seeds = 0, None
@@ -160,18 +160,18 @@ def _run(
     if config.resume:
         if leads():
             stores, tables = [x.store for x in directories], [x.table for x in directories]
+            like = jax.eval_shape(start, *_part((floats, roots[:, 0]), 0, len(points)))
             update, found, clock = resume(stores, tables, Snapshot.of(like, clock, EMPTY))
             for directory, own in zip(directories, found, strict=True) if update else ():
                 directory.save_kernels(own)  # which may have failed after the checkpoint
             seeds = jax.tree.map(lambda *x: x[0] if len(x) == 1 else jnp.concatenate(x), *found)
         update = int(agreed(np.int32(update), np.int32(0)))
         if update:
-            seeds = agreed(seeds, jax.eval_shape(start, floats, roots[:, 0]))
+            seeds = agreed(seeds, every)
     else:
         for directory in directories:
             directory.table.start()
 
-    mesh = layout(config.shard, len(lanes), algorithm.num_envs, alone=not algorithm.sharded)
     if leads() and algorithm.sharded:
         tell_idle(mesh, len(lanes), len(points))
     unit = "step" if algorithm.steps_per_update else "update"
