@@ -5,8 +5,7 @@ drawn (S2PG) a lower bound of the likelihood is raised, the mean of the log-like
 its gradient is that of single steps: see `spg.estimators.clone_surrogate`. The environment serves
 to measure returns.
 
-    python scripts/demonstrate.py           # the expert of the default run
-    python scripts/clone.py                 # S2PG on Pendulum without velocities
+    python scripts/clone.py                 # S2PG on Pendulum from positions; an expert first
     python scripts/clone.py --memory none   # without memory
 """
 
@@ -16,11 +15,16 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds: one line, status 130
     signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import demonstrate
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -136,12 +140,14 @@ def gradient_step(
 
 def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop.Algorithm:
     """What `loop.run` takes. Raises ValueError for what cannot run."""
+    demonstrate.ensure(config)
     expert = open_demonstrations(config, least=1)
     if config.batch_episodes > (count := len(expert.returns)):
         raise ValueError(
             f"batch_episodes {config.batch_episodes} are more than the {count} of "
             f"{config.demonstrations}"
         )
+    options.check_updates(config, config.num_updates, "an update")
     env = options.make_env(config, oracle=config.memory == "oracle")
     start = partial(init, expert=expert, policy=policy)
     algorithm = cli.in_episodes(

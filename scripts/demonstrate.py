@@ -22,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import jax
 import jax.random as jr
+import numpy as np
 import ppo
 import tyro
 
 import spg
 from spg.limits import Count, Seed, check
-from spg.training import cli, demonstrations, experts, options, policies
+from spg.training import cli, demonstrations, experts, options, policies, tables
 
 RUN = "runs/expert"
 DEFAULT = ppo.Config(
@@ -35,6 +36,7 @@ DEFAULT = ppo.Config(
     num_seeds=1, checkpoints=5, out=RUN,
 )  # fmt: skip
 """The expert of the default runs."""
+FEW = 10  # values of what episodes hide, whose returns are told one by one
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,33 @@ def main(config: Config) -> None:
         f"{found.made['expert_return']:.4g}, {references}\n"
         f"{out / 'demonstrations.npz'}"
     )
+    if rows := _by_hidden(found):
+        print(tables.table(rows))
+
+
+def ensure(config: Any) -> None:
+    """Record the demonstrations of the default runs, if `config` asks for them and they lack."""
+    path = Path(RUN) / "demonstrations.npz"
+    asked = (config.demonstrations, config.env) == (str(path), DEFAULT.env)
+    if asked and not path.exists() and jax.process_count() == 1:
+        print(f"{path} is not there: an expert is trained and recorded first", file=sys.stderr)
+        main(Config())
+
+
+def _by_hidden(found: demonstrations.Demonstrations) -> list[dict[str, str]]:
+    """Episodes and their mean return for each value of what they hide, if these are a few."""
+    values, index = np.unique(found.hidden, axis=0, return_inverse=True)
+    if not 1 < len(values) <= FEW:
+        return []
+    own = [found.returns[index.ravel() == i] for i in range(len(values))]
+    return [
+        {
+            "hidden": ", ".join(f"{x:.4g}" for x in value),
+            "episodes": str(len(returns)),
+            "return": f"{returns.mean():.4g}",
+        }
+        for value, returns in zip(values, own, strict=True)
+    ]
 
 
 def _open(directory: str) -> spg.Run:

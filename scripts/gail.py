@@ -3,8 +3,7 @@
 A discriminator D(s, a) tells the expert's steps from the policy's; the policy, of which it sees no
 internal state, is paid for being taken for the expert. The environment's reward is never used.
 
-    python scripts/demonstrate.py           # the expert of the default run
-    python scripts/gail.py                  # S2PG on Pendulum without velocities
+    python scripts/gail.py                  # S2PG on Pendulum from positions; an expert first
     python scripts/gail.py --memory none    # without memory
 """
 
@@ -23,6 +22,7 @@ from typing import Annotated, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import demonstrate
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -187,6 +187,7 @@ def taken(spec: Spec, steps: Transition) -> Float[Array, "B a"]:
 
 def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop.Algorithm:
     """What `loop.run` takes. Raises ValueError for what cannot run."""
+    demonstrate.ensure(config)
     if config.soft_labels and config.discriminator_entropy and config.loss == "logistic":
         raise ValueError(
             f"soft_labels and discriminator_entropy {config.discriminator_entropy} do the same; "

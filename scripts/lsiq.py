@@ -3,8 +3,7 @@
 The critics regress on the largest value where the expert chose, and where the policy did on what
 pays least. The environment's reward is never used.
 
-    python scripts/demonstrate.py           # the expert of the default run
-    python scripts/lsiq.py                  # S2PG on Pendulum without velocities
+    python scripts/lsiq.py                  # S2PG on Pendulum from positions; an expert first
     python scripts/lsiq.py --memory none    # without memory
 """
 
@@ -23,6 +22,7 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import demonstrate
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -161,6 +161,7 @@ def slower(config: Config, opt_state: optax.OptState) -> Config:
 
 def make(config: Config, *, policy: Callable[..., Kernel] = make_kernel) -> loop.Algorithm:
     """What `loop.run` takes. Raises ValueError for what cannot run."""
+    demonstrate.ensure(config)
     count, length = config.sample["num_segments"], config.sample["length"]
     expert = open_demonstrations(config, least=(count + 1) * length - 1)  # see `replay.holds`
     start = partial(init, expert=expert, policy=policy)

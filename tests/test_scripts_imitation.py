@@ -214,7 +214,23 @@ def test_demonstrations_of_a_run_are_made_and_imitated(tmp_path, monkeypatch, ca
     found = demonstrations.load(path)
     assert found.made | WORLD == found.made
     assert found.made["sampled"]
+    monkeypatch.setattr(clone.demonstrate, "DEFAULT", config)
+    Path(path).unlink()
     two_updates(clone, replace(CLONE, demonstrations=path), tmp_path)
+    assert (
+        f"{path} is not there: an expert is trained and recorded first" in capsys.readouterr().err
+    )
+    assert len(demonstrations.load(path).returns) == 20
+
+
+def test_episodes_are_told_by_what_they_hide():
+    found = make(hidden=np.array([[1.0], [0.5], [1.0]]))
+    rows = demonstrate._by_hidden(found)
+    assert rows == [
+        {"hidden": "0.5", "episodes": "1", "return": "-4"},
+        {"hidden": "1", "episodes": "2", "return": "-4"},
+    ]
+    assert demonstrate._by_hidden(make()) == []
 
 
 def untrained(directory, config):

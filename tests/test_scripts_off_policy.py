@@ -38,6 +38,7 @@ DDPG = {"critics": 1, "target_noise": 0.0, "policy_delay": 1}
 BPTT = {"memory": "bptt", "segment_length": 2}
 LEARNED = {"critic_state": True, "learn_state_temperature": True}
 MATRIX = {"num_heads": 2, "key_size": 2}
+OSCILLATORS = {"cell": "oscillator", "z_size": 3, "critic_state": True}
 LAST = {"loss_steps": "last", "batch_size": 4}
 
 
@@ -61,6 +62,8 @@ def checked_updates(script, config, tmp_path):
         long(td3, TD3, {"memory": "oracle"} | PENDULUM | DDPG),
         long(td3, TD3, {"cell": "delta"} | MATRIX),
         long(sac, SAC, {"cell": "attention"} | MATRIX | BPTT),
+        long(sac, SAC, OSCILLATORS),
+        long(td3, TD3, OSCILLATORS),
     ],
 )
 def test_two_updates(script, config, words, tmp_path):

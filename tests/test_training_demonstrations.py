@@ -92,6 +92,8 @@ def test_episodes_are_padded_to_the_longest():
 
 def test_fraction_is_0_for_random_actions_and_1_for_the_expert():
     assert make().fraction(np.array([-8.0, -4.0, -5.0])).tolist() == [0, 1, 0.75]
+    worse = make(made=WORLD | {"expert_return": -9.0, "random_return": -8.0})
+    assert worse.fraction(np.array([-9.0, -8.0, -7.0])).tolist() == [-1, 0, 1]
     assert demonstrations.weakness(make()) is None
     weak = make(made=WORLD | {"expert_return": -9.0, "random_return": -8.0})
     line = demonstrations.weakness(weak) or ""
@@ -117,7 +119,18 @@ def test_what_an_episode_draws_is_found_among_the_state():
         ({"truncated": np.zeros(12, bool)}, "no end of an episode at its last step: 0 ends in 12"),
         ({"terminated": np.ones(12, bool)}, "12 ends of episodes and 3 returns"),
         ({"critic": np.full((12, 3), np.nan)}, "row 0 of critic is not finite"),
-        ({"action": np.full((12, 1), np.inf)}, "row 0 of action is not finite"),
+        ({"action": np.full((12, 1), np.inf)}, r"row 0 of action is not within \[-1, 1\]"),
+        ({"action": np.full((12, 1), 1.5)}, r"row 0 of action is not within \[-1, 1\]"),
+        ({"action": np.full(12, "left")}, "action is <U4 with 1 axes"),
+        ({"terminated": np.zeros(12)}, "terminated is float64 with 1 axes"),
+        ({"truncated": np.zeros((12, 1), bool)}, "truncated is bool with 2 axes"),
+        ({"returns": np.float64(1)}, "returns is float64 with 0 axes"),
+        ({"made": [1]}, "does not tell how it was made"),
+        (
+            {"made": WORLD | {"expert_return": None, "random_return": 0.0}},
+            "two numbers that differ",
+        ),
+        ({"made": WORLD | {"expert_return": 1.0, "random_return": 1.0}}, "two numbers that differ"),
     ],
 )
 def test_files_that_do_not_fit_together_are_refused(changes, message, tmp_path):
@@ -187,6 +200,13 @@ def test_demonstrations_of_other_sizes_are_refused_by_both(changes, least, messa
     with pytest.raises(ValueError, match=message) as error:
         demonstrations.check_sizes("x.npz", make(**changes), SPEC, **SIZES | {"least": least})
     assert "\n" not in str(error.value)
+
+
+def test_choices_that_the_training_does_not_have_are_refused():
+    spec = SPEC._replace(num_actions=3, discrete=True)
+    demonstrations.check_sizes("x.npz", make(action=np.arange(12) % 3), spec, **SIZES)
+    with pytest.raises(ValueError, match=r"x\.npz go from 0 to 3, and those of the training fr"):
+        demonstrations.check_sizes("x.npz", make(action=np.arange(12) % 4), spec, **SIZES)
 
 
 def test_sizes_are_those_of_what_is_shown():

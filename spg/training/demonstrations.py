@@ -5,6 +5,7 @@ where an episode ends, its entry of `last_obs`.
 """
 
 import json
+import math
 import os
 import struct
 import zipfile
@@ -23,6 +24,11 @@ from spg.types import Observation, Spec, Transition
 LARGE = 1 << 28  # bytes of a file from which on its arrays are mapped, not read
 WORLD = ("env", "backend", "env_params")  # what has to be the same, whatever is observed
 SEEN = ("observe", "previous_action")
+KINDS = {  # of NumPy's dtypes, and how many axes
+    "obs": ("f2",), "critic": ("f2",), "action": ("f2", "i1"), "terminated": ("b1",),
+    "truncated": ("b1",), "last_obs": ("f2",), "last_critic": ("f2",), "hidden": ("f2",),
+    "returns": ("f1",),
+}  # fmt: skip
 
 
 class Demonstrations(NamedTuple):
@@ -44,9 +50,12 @@ class Demonstrations(NamedTuple):
         return self.terminated | self.truncated
 
     def fraction(self, returns: Any) -> Any:
-        """Returns as a fraction of the expert's: 0 is that of random actions, 1 the expert's."""
+        """Returns as a fraction of the expert's: 0 is that of random actions, 1 the expert's.
+
+        An expert that is worse than random actions has -1.
+        """
         low, high = self.made["random_return"], self.made["expert_return"]
-        return (returns - low) / (high - low)
+        return (returns - low) / abs(high - low)
 
     def steps(self, kernel: Kernel, *, oracle: bool, privileged: bool) -> Transition:
         """As recorded by `kernel`, `[N, ...]`, but that its z stay at z0, and rewards at 0.
@@ -147,6 +156,11 @@ def check_sizes(
     for name, (there, here) in sizes.items():
         if there != here:
             raise ValueError(f"{name} have size {there} in {path}, and {here} in the training")
+    if spec.discrete and not ((found.action >= 0) & (found.action < spec.num_actions)).all():
+        raise ValueError(
+            f"actions in {path} go from {found.action.min()} to {found.action.max()}, and those of "
+            f"the training from 0 to {spec.num_actions - 1}"
+        )
     if len(found.action) < least:
         raise ValueError(
             f"demonstrations {path} hold {len(found.action)} steps, and a gradient takes {least}"
@@ -169,8 +183,24 @@ def weakness(found: Demonstrations) -> str | None:
 
 
 def _check(path: Path, found: Demonstrations) -> None:
+    if not isinstance(found.made, dict):
+        raise ValueError(f"{path} does not tell how it was made")
     if absent := {*WORLD, *SEEN, "expert_return", "random_return"} - found.made.keys():
         raise ValueError(f"{path} does not tell {', '.join(sorted(absent))}")
+    expert, random = found.made["expert_return"], found.made["random_return"]
+    numbers = all(isinstance(x, float | int) and math.isfinite(x) for x in (expert, random))
+    if not numbers or expert == random:
+        raise ValueError(
+            f"{path}: the expert's return {expert} and that of random actions {random} have to be "
+            "two numbers that differ, since returns are told as fractions of the expert's"
+        )
+    for name, kinds in KINDS.items():
+        array = found._asdict()[name]
+        if f"{array.dtype.kind}{array.ndim}" not in kinds:
+            raise ValueError(f"{path}: {name} is {array.dtype} with {array.ndim} axes")
+    if found.action.ndim == 2 and not (np.abs(found.action) <= 1).all():
+        row = int(np.argwhere(~(np.abs(found.action) <= 1))[0][0])
+        raise ValueError(f"{path}: row {row} of action is not within [-1, 1]")
     lengths = {k: len(x) for k, x in found._asdict().items() if k != "made"}
     steps = {k: lengths[k] for k in ("obs", "critic", "action", "terminated", "truncated")}
     episodes = {k: lengths[k] for k in ("last_obs", "last_critic", "hidden", "returns")}

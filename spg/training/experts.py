@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from spg.kernels.kernel import Kernel
 from spg.rollout import reset, rollout
 from spg.training.demonstrations import Demonstrations
-from spg.types import Env, Spec, critic_view, policy_view
+from spg.types import Env, critic_view, policy_view
 
 EPISODES = 256  # whose mean is the return of the expert, and of random actions
 
@@ -40,7 +40,8 @@ class Expert(eqx.Module):
 class Random(eqx.Module):
     """Uniform actions."""
 
-    spec: Spec = eqx.field(static=True)
+    discrete: bool = eqx.field(static=True)
+    num_actions: int = eqx.field(static=True)
 
     @property
     def z0(self) -> PyTree:
@@ -50,9 +51,9 @@ class Random(eqx.Module):
         return z
 
     def sample(self, obs: PyTree, z: PyTree, *, key: PRNGKeyArray) -> tuple[Array, PyTree]:
-        if self.spec.discrete:
-            return jr.randint(key, (), 0, self.spec.num_actions), z
-        return jr.uniform(key, (self.spec.num_actions,), minval=-1.0, maxval=1.0), z
+        if self.discrete:
+            return jr.randint(key, (), 0, self.num_actions), z
+        return jr.uniform(key, (self.num_actions,), minval=-1.0, maxval=1.0), z
 
 
 def record(
@@ -93,7 +94,7 @@ def record(
     action = flat.action if env.spec.discrete else np.clip(flat.action, -1.0, 1.0)
     returns = {
         "expert_return": mean_return(expert, keys[1]),
-        "random_return": mean_return(Random(env.spec), keys[2]),
+        "random_return": mean_return(Random(env.spec.discrete, env.spec.num_actions), keys[2]),
     }
     critic = critic_view(flat.obs)
     return Demonstrations(

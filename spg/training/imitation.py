@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from spg.limits import Count, check
+from spg.limits import Count, check, fits
 from spg.training import demonstrations, options
 from spg.training.demonstrations import Demonstrations
 from spg.training.loop import Algorithm
@@ -22,10 +22,10 @@ class ImitationConfig:
 
 
 def open_demonstrations(config: Any, *, least: int) -> Demonstrations:
-    """Those that `config` names; a warning, if their expert is no better than random actions.
+    """Those that `config` names; a warning, if their expert is weak: see `weakness`.
 
-    Raises ValueError for options out of their ranges, and for demonstrations of another environment
-    or of fewer than `least` steps.
+    Raises ValueError for options out of their ranges, for demonstrations of another environment or
+    of fewer than `least` steps, and if they do not fit into memory, where each seed has them.
     """
     check(config)
     path, oracle = config.demonstrations, config.memory == "oracle"
@@ -34,6 +34,8 @@ def open_demonstrations(config: Any, *, least: int) -> Demonstrations:
     spec = options.make_env(config, oracle=oracle).spec
     words = {"oracle": oracle, "privileged": config.privileged, "least": least}
     demonstrations.check_sizes(path, found, spec, **words)
+    size = found.action.nbytes + found.obs.nbytes + 2 * found.critic.nbytes
+    fits(config.num_seeds * size, f"{path} for each of {config.num_seeds} seeds")
     if line := demonstrations.weakness(found):
         print(f"warning: {line}", file=sys.stderr)
     return found
