@@ -158,7 +158,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 OFF_POLICY_TASKS: dict[str, dict[str, Any]] = {
     "pointmass": {},
-    "doors": {"env": "Doors-memory", "gamma": 0.95, "total_steps": 400_000},
+    "doors": {"env": "Doors-memory", "gamma": 0.95, "z_size": 64, "total_steps": 300_000},
     "pendulum": {"env": "Pendulum-v1", "observe": "positions", "gamma": 0.95},
     **{
         n: {
