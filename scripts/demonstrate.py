@@ -1,7 +1,7 @@
 """Record episodes of a run's best policy, for the scripts that imitate it.
 
     python scripts/demonstrate.py                       # of an oracle on Pendulum, trained first
-    python scripts/demonstrate.py runs/mine --episodes 20 --sampled
+    python scripts/demonstrate.py runs/mine --episodes 50
 
 The directory of the run gets `demonstrations.npz`. A policy that imitates them sees what the run
 observes (`--observe`, `--previous-action`), also where the expert, an oracle, sees the full state.
@@ -45,8 +45,9 @@ class Config:
     """directory of a run; the default one is trained where it is not there"""
     episodes: Count = 20
     """to record"""
-    sampled: bool = False
-    """draw actions and internal states; otherwise the noise-free policy acts"""
+    sampled: bool = True
+    """draw actions and internal states; the noise-free policy may rest at a single point, and does
+    not show how to come back to it"""
     memoryless: str | None = None
     """directory of a run with --memory none in the same world, trained by reward; a warning, if the
     expert is no better"""

@@ -117,9 +117,10 @@ class Normal(eqx.Module):
         return self._parts * jnp.sum(jnp.log(self.std) + 0.5 * (_LOG_2PI + 1))
 
     def kl(self, new: "Normal") -> Float[Array, ""]:
-        shift, ratio = (self.loc - new.loc) / new.std, self.std / new.std
+        shift = (self.loc - new.loc) / new.std
         square = jnp.real(shift * jnp.conj(shift))
-        return 0.5 * jnp.sum(square + self._parts * (ratio**2 - 1 - 2 * jnp.log(ratio)))
+        log_ratio = jnp.log(self.std) - jnp.log(new.std)
+        return 0.5 * jnp.sum(square + self._parts * ((self.std / new.std) ** 2 - 1 - 2 * log_ratio))
 
     @property
     def _parts(self) -> int:

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from math import isqrt
 from typing import Literal, get_args
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, Num, PRNGKeyArray, PyTree
 
 Method = Literal["auto", "sequential", "associative", "chunked"]
@@ -119,6 +121,18 @@ def split_segments(tree: PyTree, segment_length: int) -> PyTree:
 def join_segments(tree: PyTree) -> PyTree:
     """Each leaf `[S, L, ...]` as `[S L, ...]`."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
+
+
+def side_by_side(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """The rows of all leaves, `[n, ...]`, as few arrays; and the tree of some rows of these.
+
+    One gather then takes a minibatch of all that is real or complex, `[n, K]`, where one for each
+    leaf takes several times as long on a CPU. Integers and booleans stay as they are.
+    """
+    numbers, rest = eqx.partition(tree, eqx.is_inexact_array)
+    unravel = ravel_pytree(jax.tree.map(lambda x: x[0], numbers))[1]
+    wide = jax.vmap(lambda row: ravel_pytree(row)[0])(numbers)
+    return (wide, rest), lambda rows: eqx.combine(jax.vmap(unravel)(rows[0]), rows[1])
 
 
 def shuffle(n: int, *, key: PRNGKeyArray) -> Int[Array, " n"]:

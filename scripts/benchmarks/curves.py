@@ -244,7 +244,7 @@ def train_expert(name: str) -> None:
     out = Path(expert_of(name))
     if not (out / "demonstrations.npz").exists():
         cli.train(ppo.make, replace(EXPERT, **BODIES[name]), out)
-        demonstrate.main(demonstrate.Config(str(out), episodes=40, sampled=True))
+        demonstrate.main(demonstrate.Config(str(out), episodes=40))
 
 
 def success(directory: Path, num_episodes: int = 256) -> dict[str, str]:

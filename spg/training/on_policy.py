@@ -23,7 +23,7 @@ from spg.kernels.kernel import Kernel
 from spg.kernels.networks import trainable
 from spg.limits import Count, Fraction, Needs, Range, Total, check
 from spg.rollout import Carry, Episodes, reset, rollout
-from spg.scans import divisors, over_steps, shuffle, split_segments
+from spg.scans import divisors, over_steps, shuffle, side_by_side, split_segments
 from spg.training import cli, loop, options
 from spg.training.devices import take, vmap_envs
 from spg.types import Env, LogProb, Scalar, Spec, Transition, critic_view, policy_view
@@ -211,10 +211,13 @@ def surrogate(
     The arguments are as `weigh` has them; `kl_coef` is of `mixed_surrogate` alone.
     """
     if config.mixed:
-        memory: Any = jax.vmap(kernel.state_distribution)(segments)
-        new = jax.vmap(kernel.log_prob)(segments, memory)
-        mixed = jax.vmap(partial(mixed_surrogate, clip=clip, kl_coef=kl_coef))
-        return mixed(segments, new, memory, old), new
+
+        def one(segment, old):  # in one `vmap`: what is the same for all rows is then computed once
+            memory: Any = kernel.state_distribution(segment)
+            new = kernel.log_prob(segment, memory)
+            return mixed_surrogate(segment, new, memory, old, clip=clip, kl_coef=kl_coef), new
+
+        return jax.vmap(one)(segments, old)
     new = jax.vmap(kernel.log_prob)(segments)
     return ppo_surrogate(new, old, advantage, clip=clip), new
 
@@ -237,6 +240,7 @@ def descend(
 ) -> tuple[M, optax.OptState, dict[str, Array]]:
     """Epochs of Adam on minibatches of the batch's rows; `loss` gives metrics too, their means."""
     num_rows = len(jax.tree.leaves(batch)[0])
+    wide, apart = side_by_side(batch)
 
     def gradient_step(state, rows):
         module, opt_state = state
@@ -249,7 +253,7 @@ def descend(
 
     def epoch(state, key):
         order = shuffle(num_rows, key=key).reshape(config.num_minibatches, -1)
-        return lax.scan(lambda s, i: gradient_step(s, take(batch, i)), state, order)
+        return lax.scan(lambda s, i: gradient_step(s, apart(take(wide, i))), state, order)
 
     keys = jr.split(key, config.num_epochs)
     (module, opt_state), metrics = lax.scan(epoch, (module, opt_state), keys)
