@@ -141,7 +141,7 @@ def test_without_noise_the_gradient_is_that_of_the_return(cell):
 
     whole, steps, exact = gradients(make_policy(cell))
     gru = exact.cell.distribution.location if cell == "drawn" else exact.cell.location
-    assert np.abs(gru.gru.weight_hh).max() > 1e-3
+    assert np.abs(gru.recurrent).max() > 1e-3
     assert_trees_close(whole, exact, rtol=1e-8, atol=1e-12)
     if cell == "drawn":
         assert_trees_close(steps, exact, rtol=1e-8, atol=1e-12)

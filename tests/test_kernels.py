@@ -131,7 +131,7 @@ def test_a_drawn_internal_state_is_differentiable_in_the_kernel():
     location = kernel.cell.distribution.location(kernel.normalizer(traj.obs[0]), traj.z[0])
     noise = kernel.sample(traj.obs[0], traj.z[0], key=jr.key(2))[1] - location
     assert np.allclose(drawn.log_std, noise, rtol=1e-10)  # z' = location + σ n
-    assert np.any(drawn.location.gru.weight_hh)
+    assert np.any(drawn.location.recurrent)
 
 
 def test_a_kernel_runs_without_jit():
@@ -221,13 +221,21 @@ def test_gru_is_the_unit_of_cho():
     """z' = (1 - u) n + u z, written out from the weights, gates in the order r, u, n."""
     location = GRU(2, 3, key=jr.key(0))
     obs, z = jr.normal(jr.key(1), (2,)), jr.normal(jr.key(2), (3,))
-    gru = location.gru
-    from_obs = np.split(gru.weight_ih @ obs + gru.bias, 3)
-    from_z = np.split(gru.weight_hh @ z, 3)
+    from_obs = np.split(obs @ location.inputs + location.bias, 3)
+    from_z = np.split(z @ location.recurrent, 3)
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
     r, u = (sigmoid(from_obs[i] + from_z[i]) for i in (0, 1))
-    n = np.tanh(from_obs[2] + r * (from_z[2] + gru.bias_n))
+    n = np.tanh(from_obs[2] + r * (from_z[2] + location.recurrent_bias))
     assert np.allclose(location(obs, z), (1 - u) * n + u * z, rtol=1e-12)
+
+
+def test_gru_is_that_of_equinox():
+    location, theirs = GRU(2, 3, key=jr.key(0)), eqx.nn.GRUCell(2, 3, key=jr.key(1))
+    weights = theirs.weight_ih.T, theirs.weight_hh.T, theirs.bias, theirs.bias_n
+    parts = lambda l: (l.inputs, l.recurrent, l.bias, l.recurrent_bias)
+    location = eqx.tree_at(parts, location, weights)
+    obs, z = jr.normal(jr.key(2), (2,)), jr.normal(jr.key(3), (3,))
+    assert np.allclose(location(obs, z), theirs(obs, z), rtol=1e-12)
 
 
 def test_cells_lie_where_their_location_does():
@@ -257,7 +265,7 @@ def test_the_first_state_of_an_episode_is_not_learned():
     total = lambda kernel: kernel.log_prob(traj).joint.sum()
     grad = eqx.filter_jit(eqx.filter_grad(total))(kernel)
     assert not np.any(grad.z0)
-    assert np.any(grad.cell.location.gru.weight_hh)
+    assert np.any(grad.cell.location.recurrent)
 
 
 def test_normaliser_merges_moments_like_numpy_on_all_data():

@@ -198,9 +198,9 @@ def test_sizes_that_cannot_be_are_refused():
 def at_rest(location, unit):
     """The location with no weight on inputs or state, and `unit` for the candidate's bias."""
     if isinstance(location, GRU):  # the candidate is tanh(bias): its gate stays
-        gru = jax.tree.map(jnp.zeros_like, location.gru)
-        bias = location.gru.bias.at[:Z].set(0).at[2 * Z :].set(jnp.arctanh(unit))
-        return eqx.tree_at(lambda l: l.gru, location, eqx.tree_at(lambda g: g.bias, gru, bias))
+        bias = location.bias.at[:Z].set(0).at[2 * Z :].set(jnp.arctanh(unit))
+        rest = jax.tree.map(jnp.zeros_like, location)
+        return eqx.tree_at(lambda l: l.bias, rest, bias)
     inputs = jax.tree.map(jnp.zeros_like, location.inputs)
     gates = inputs.bias.size - Z if isinstance(location, Gated) else 0
     if isinstance(location, LRU):
@@ -219,9 +219,8 @@ def test_what_is_new_enters_with_the_weight_write(unit):
 
 def test_time_constants_of_a_gru_start_log_uniform():
     gru = GRU(1, 400, min_decay=0.4, max_decay=0.99, key=jr.key(0))
-    rest = jax.tree.map(jnp.zeros_like, gru.gru)
-    rest = eqx.tree_at(lambda l: l.gru, gru, eqx.tree_at(lambda g: g.bias, rest, gru.gru.bias))
-    free = eqx.tree_at(lambda l: l.gru.bias, rest, gru.gru.bias.at[800:].set(0.0))
+    rest = jax.tree.map(jnp.zeros_like, gru)
+    free = eqx.tree_at(lambda l: l.bias, rest, gru.bias.at[800:].set(0.0))
     decay = call(free, jnp.zeros(1), jnp.ones(400))  # the candidate is 0
     assert np.allclose(decay, 1 - gru.write, rtol=1e-12)
     rates = np.sort(np.log(-np.log(decay)))

@@ -141,7 +141,7 @@ def test_gradients_of_a_drawn_roll_are_those_of_its_steps_alone(key):
     truth, *both = slopes(kernel)
     for found in both:
         assert_trees_close(found, truth, rtol=1e-10, atol=1e-13)
-    assert np.abs(truth.cell.distribution.location.gru.weight_hh).max() > 1e-2
+    assert np.abs(truth.cell.distribution.location.recurrent).max() > 1e-2
 
 
 def test_a_roll_agrees_under_vmap():

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from jax.test_util import check_grads
 
-from spg.scans import Method, linear_scan, over_steps, shuffle, split_segments
+from spg.scans import Method, linear_scan, over_steps, shuffle, side_by_side, split_segments
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -205,6 +205,23 @@ def test_over_steps_is_vmap(num_steps):
     x, b = jnp.arange(4.0 * num_steps).reshape(num_steps, 4), jnp.arange(float(num_steps))
     weight = jr.normal(jr.key(0), (num_steps, 4, 2))
     found, expected = (m(f)(x, (weight, b)) for m in (over_steps, jax.vmap))
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+
+
+@pytest.mark.parametrize("state", [float, complex])
+def test_rows_side_by_side_come_apart_as_they_were(state):
+    size = (5, 3, 2)
+    tree = {
+        "obs": jr.normal(jr.key(0), size), "z": jr.normal(jr.key(1), size, state),
+        "reward": jnp.arange(5.0).astype(jnp.float32), "action": 2**31 - 1 - jnp.arange(5),
+        "first": jnp.arange(5) > 2,
+    }  # fmt: skip
+    wide, apart = side_by_side(tree)
+    assert [x.shape for x in jax.tree.leaves(wide)] == [(5, 13), (5,), (5,)]
+    rows = jnp.array([3, 0, 3])
+    found = jax.jit(lambda wide: apart(jax.tree.map(lambda x: x[rows], wide)))(wide)
+    expected = jax.tree.map(lambda x: x[rows], tree)
+    assert jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype, found, expected))
     assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
 
 

@@ -1,7 +1,7 @@
 """The policies of a run: saved while a training goes on, opened again by `spg.load`.
 
 A run keeps the kernels of all seeds in `kernels.npz`, each array under its path in the kernel, as
-`cell.location.gru.weight_ih`. The configuration, `config.json`, tells which kernel these arrays
+`cell.location.inputs.weight`. The configuration, `config.json`, tells which kernel these arrays
 belong to and which environment. So the script and the optimiser are not needed.
 """
 
