@@ -129,7 +129,7 @@ def learn(
 
     length = config.length(config.num_steps)
     split = jax.vmap(partial(split_segments, segment_length=length))
-    segments, target = join_segments(split((traj, returns / scale)))
+    segments, target = join_segments(split((traj._replace(final_obs=None), returns / scale)))
     old = jax.vmap(kernel.distributions)(segments)
     keys = jr.key_data(jr.split(path_key, len(target)))
     agent, opt_state, metrics = on_policy.descend(

@@ -162,7 +162,10 @@ def report(episodes: Episodes, metrics: dict[str, Array]) -> loop.Report:
 def weigh(
     config: OnPolicyConfig, kernel: Kernel, critic: Critic, traj: Transition
 ) -> tuple[tuple[Transition, Any, Array, Array], Array]:
-    """(segments, what drew them, advantages, targets), and the explained variance of targets."""
+    """(segments, what drew them, advantages, targets), and the explained variance of targets.
+
+    Successors, which no gradient reads, are left out of the segments.
+    """
     ends = traj.terminated, traj.truncated
     value = jax.vmap(jax.vmap(critic))(traj.obs, traj.z)
     next_value = jax.vmap(jax.vmap(critic))(traj.final_obs, traj.z_next)
@@ -193,7 +196,7 @@ def weigh(
         old = jax.vmap(partial(mixed_terms, kernel, scaled, gamma=config.gamma))(segments, *parts)
     else:
         old = jax.vmap(kernel.log_prob)(segments)
-    return (segments, old, advantage, target), explained
+    return (segments._replace(final_obs=None), old, advantage, target), explained
 
 
 def surrogate(
