@@ -20,10 +20,10 @@ REPLAY = NETS | {
     "learning_starts": 32, "total_steps": 64, "env_params": {"max_steps_in_episode": 5},
 }  # fmt: skip
 CONFIGS = {
-    "ppo": ppo.Config(num_steps=8, num_minibatches=2, num_epochs=2, total_steps=256, **NETS),
-    "trpo": trpo.Config(num_steps=8, num_minibatches=2, num_epochs=2, total_steps=256, **NETS),
+    "ppo": ppo.Config(num_steps=8, num_minibatches=4, num_epochs=2, total_steps=256, **NETS),
+    "trpo": trpo.Config(num_steps=8, num_minibatches=4, num_epochs=2, total_steps=256, **NETS),
     "reppo": reppo.Config(
-        num_steps=8, num_minibatches=2, num_epochs=2, total_steps=256, critic_hidden=(8,), **NETS
+        num_steps=8, num_minibatches=4, num_epochs=2, total_steps=256, critic_hidden=(8,), **NETS
     ),
     "reinforce": reinforce.Config(
         env="TMaze-memory", env_params={"length": 5}, total_steps=256, **NETS
