@@ -68,7 +68,7 @@ def picture(
     final: dict[tuple[str, float], np.ndarray],
 ) -> None:  # fmt: skip
     """Staleness over training, means over seeds, and the final returns of the seeds."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     rates = sorted({rate for _, rate in stale})
     for place, ((name, rate), values) in enumerate(stale.items()):
@@ -84,10 +84,10 @@ def picture(
     left.set(xlabel="environment steps", ylabel="mean |z' drawn - z' stored|", yscale="log")
     left.xaxis.set_major_formatter(EngFormatter(sep=""))
     left.grid(alpha=0.3)
-    left.legend(title="refresh, rate of the cell", fontsize="small")
+    figure.legend(title="refresh, rate of the cell", loc="outside lower center", ncols=5)
     names = [f"{n}, {r:g}" if r else n for n, r in stale]
     right.set_yticks(range(len(names)), names)
-    right.set_xlabel("return in the last tenth of training (seeds and mean)")
+    right.set_xlabel("return at the end (seeds, mean)")
     right.grid(axis="x", alpha=0.3)
     right.invert_yaxis()
     figure.savefig(path, dpi=120)
