@@ -192,12 +192,13 @@ def test_no_step_is_taken_beyond_the_limit_of_kl_or_downhill(name, state_std):
     assert np.array_equal(found.accepted, moves > 0)
     assert found.accepted.mean() > 0.7
     assert {1.0} < set(np.asarray(found.share))  # some had to go less far
+    few = partial(stepped, cg_steps=3)  # more of them magnify the last digits
+    _, *lanes = eqx.filter_vmap(few, in_axes=(None, None, 0, 0))(kernel, steps, advantages, limits)
     for i in (0, 9, 23):
-        _, *alone = stepped(kernel, steps, advantages[i], limits[i])
-        beside = jax.tree.map(lambda x, i=i: x[i], [found, moves, kl, gain])
+        _, *alone = few(kernel, steps, advantages[i], limits[i])
+        beside = jax.tree.map(lambda x, i=i: x[i], lanes)
         for a, b in zip(*map(jax.tree.leaves, (alone, beside)), strict=True):
-            # CG magnifies the last digits
-            assert np.allclose(a, b, rtol=0.02, atol=0.02 * np.abs(b).max() + 1e-12)
+            assert np.allclose(a, b, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize(
