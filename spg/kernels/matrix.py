@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from spg.distributions import Distribution
 from spg.kernels.cells import INSIDE, Location
 from spg.kernels.heads import Head
-from spg.kernels.linear import Linear, write_scale
+from spg.kernels.linear import Linear, LinearUnit, write_scale
 from spg.scans import Method, linear_scan, of_backend, over_steps
 
 Shape = tuple[int, int, int]  # H, d_k, d_v
@@ -185,7 +185,7 @@ class DeltaRule(MatrixUnit):
         return super().unroll(obs, z, first, z0)
 
 
-class Hybrid(Location):
+class Hybrid(LinearUnit):
     """Linear units beside retention: z = (z_1, S), a half of the entries for each.
 
     Sums tell how things have changed, matrices what belongs together. Dong et al. (2024) set heads
@@ -194,6 +194,7 @@ class Hybrid(Location):
 
     linear: Linear
     attention: Retention
+    method: Method = eqx.field(static=True)
 
     def __init__(
         self,
@@ -209,30 +210,21 @@ class Hybrid(Location):
         shape = matrix_shape(z_size, num_heads, key_size, share=2)
         linear_key, attention_key = jr.split(key)
         size = math.prod(shape)
-        self.linear = Linear(obs_size, size, method=method, key=linear_key)
+        self.linear = Linear(obs_size, size, key=linear_key)
         make: Any = Retention  # pyright takes its __init__ for that of a dataclass
         self.attention = make(
-            obs_size, size, num_heads=num_heads, key_size=key_size, method=method, key=attention_key
+            obs_size, size, num_heads=num_heads, key_size=key_size, key=attention_key
         )
+        self.method = method
 
     @property
     def write(self) -> Float[Array, " n"]:
         return jnp.concatenate([self.linear.write, self.attention.write])
 
-    def __call__(self, obs: Float[Array, " o"], z: Float[Array, " n"]) -> Float[Array, " n"]:
-        sums, state = jnp.split(z, 2)
-        return jnp.concatenate([self.linear(obs, sums), self.attention(obs, state)])
-
-    def unroll(
-        self,
-        obs: Float[Array, "L o"],
-        z: Float[Array, " n"],
-        first: Bool[Array, " L"],
-        z0: Float[Array, " n"],
-    ) -> Float[Array, "L n"]:
-        (sums, state), (sums0, state0) = jnp.split(z, 2), jnp.split(z0, 2)
-        of_sums = self.linear.unroll(obs, sums, first, sums0)
-        return jnp.concatenate([of_sums, self.attention.unroll(obs, state, first, state0)], -1)
+    def affine(self, obs: Float[Array, " o"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        (decay, u), (of_heads, update) = self.linear.affine(obs), self.attention.affine(obs)
+        decay = jnp.concatenate([decay, jnp.repeat(of_heads, update[0].size)])
+        return decay, jnp.concatenate([u, update.ravel()])
 
 
 class QueryHead(eqx.Module):
