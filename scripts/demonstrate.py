@@ -130,11 +130,7 @@ def _memoryless_return(directory: str, made: dict[str, Any], config: Config) -> 
     if (memory := run.config["memory"]) != "none":
         raise ValueError(f"{directory} has memory {memory}; --memoryless is for a run with none")
     view = vars(policies.part(options.EnvConfig, run.config))
-    for name in (*demonstrations.WORLD, *demonstrations.SEEN):
-        if view[name] != made[name]:
-            raise ValueError(
-                f"{directory} has {name} {view[name]}, and the expert's run has {made[name]}"
-            )
+    demonstrations.check_world(directory, view, "the expert's run", made)
     best, key = _best(run, config)
     found = spg.evaluation(run.kernel(best), run.env, num_episodes=experts.EPISODES, key=key)
     return float(found.sampled if config.sampled else found.noise_free)

@@ -169,14 +169,15 @@ def test_files_that_are_no_demonstrations_are_refused(tmp_path):
     ],
 )
 def test_demonstrations_of_another_world_are_refused_by_both_names(words, message):
-    config = replace(CONFIG, **words)
-    with pytest.raises(ValueError, match=message) as error:
-        demonstrations.check_world("x.npz", make(), config, oracle=False)
+    view = vars(replace(CONFIG, **words))
+    with pytest.raises(ValueError, match=f"x.npz has {message}") as error:
+        demonstrations.check_world("x.npz", make().made, "the training", view)
     assert "\n" not in str(error.value)
 
 
 def test_an_oracle_may_observe_what_it_likes():
-    demonstrations.check_world("x", make(), replace(CONFIG, observe="all"), oracle=True)
+    view = vars(replace(CONFIG, observe="all"))
+    demonstrations.check_world("x", make().made, "the training", view, oracle=True)
 
 
 SIZES = {"oracle": False, "privileged": True, "least": 12}

@@ -30,6 +30,7 @@ import td3
 from scripts.benchmarks import timing
 from scripts.benchmarks.offpolicy_programs import NUM_GRADIENTS, NUM_STEPS, actors, learners
 from scripts.benchmarks.timing import spread, with_quartiles
+from spg.kernels.factory import Unit
 from spg.limits import Count, Size, check
 from spg.training import cli, options, tables
 
@@ -59,7 +60,7 @@ td3-humanoid    1.00   1.512    2.896     2.037        4.555       2.024
 td3-walker2d    1.00   1.527    1.724     1.913        4.024       2.245
 """
 """Hours to those of the memoryless policy: table 2, and for the oracle from table 1."""
-IDENTITY = "task", "algorithm", "method", "hidden", "z_size"  # of a row
+IDENTITY = "task", "algorithm", "method", "hidden", "cell", "z_size"  # of a row
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Config:
     """what none, which is always there, is compared with"""
     hidden: tuple[Size, ...] = (256, 256)
     """widths of the hidden layers of policy head and critics"""
+    cell: Unit = "gated"
+    """of s2pg and bptt"""
     z_size: Size = 32
     """of the internal state"""
     num_envs: Count = 64
@@ -101,7 +104,7 @@ def training(config: Config, algorithm: str, task: str, method: str, batch_size:
     length = 1 if "loss_steps" in given else given.get("segment_length", 1)
     return {"sac": sac, "td3": td3}[algorithm].Config(
         **given, env=f"brax/{task}", observe="positions", hidden=config.hidden,
-        z_size=config.z_size, num_envs=config.num_envs, num_seeds=1,
+        cell=config.cell, z_size=config.z_size, num_envs=config.num_envs, num_seeds=1,
         batch_size=batch_size // length * length,
         buffer_size=config.buffer_size, learning_starts=config.buffer_size,
     )  # fmt: skip
@@ -120,7 +123,8 @@ def tabulate(
         both, single = (np.median(x) for x in total(s))
         of = lambda size, m=method: training(config, algorithm, task, m, size).batch_size
         row: dict[str, Any] = {"task": task, "algorithm": algorithm, "method": method}
-        row |= {"hidden": "-".join(map(str, config.hidden)), "z_size": config.z_size}
+        row |= {"hidden": "-".join(map(str, config.hidden))}
+        row |= {"cell": config.cell, "z_size": config.z_size}
         row |= {"steps_per_second": made.rollout_size / both}
         row |= {"samples_per_second": made.num_gradients * of(config.batch_size) / both}
         row |= {"single_steps_per_second": 1 / single}
@@ -146,7 +150,7 @@ def published(algorithm: str, task: str, method: str) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    names = ("task", "algorithm", "method", "hidden")
+    names = ("task", "algorithm", "method", "hidden", "cell")
     numbers = ("rollout_ms", "gradient_ms", "steps_per_second", "samples_per_second")
     single = ("single_step_ms", "single_gradient_ms", "single_steps_per_second")
     factors = ("to_none", "single_to_none", "single_gradient_to_none")
@@ -162,7 +166,8 @@ def picture(path: Path, rows: list[dict[str, Any]]) -> None:
     """Factors to the memoryless policy in the paper's ratio, with quartiles; the paper's beside."""
     panels: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        title = f"{row['algorithm'].upper()}, {row['task']}\n{row['hidden']}, z {row['z_size']}"
+        title = f"{row['algorithm'].upper()}, {row['task']}\n"
+        title += f"{row['hidden']}, {row['cell']} {row['z_size']}"
         panels.setdefault(title, []).append(row)
     columns = min(5, len(panels))
     lines = -(-len(panels) // columns)

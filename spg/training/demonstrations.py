@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from spg.kernels.kernel import Kernel
-from spg.training.options import EnvConfig
 from spg.training.records import write_arrays
 from spg.types import Observation, Spec, Transition
 
@@ -125,17 +124,16 @@ def load(path: str | Path, *, episodes: int | None = None) -> Demonstrations:
     return found
 
 
-def check_world(path: str, found: Demonstrations, config: EnvConfig, *, oracle: bool) -> None:
-    """Raise ValueError, naming both sides, unless `config` names the environment of `found`.
+def check_world(
+    path: str, made: dict[str, Any], other: str, view: dict[str, Any], *, oracle: bool = False
+) -> None:
+    """Raise ValueError, naming both sides, unless `path` and `other` have the same environment.
 
     An oracle may observe what it likes.
     """
     for name in WORLD if oracle else WORLD + SEEN:
-        there, here = found.made[name], vars(config)[name]
-        if there != here:
-            raise ValueError(
-                f"demonstrations {path} were made with {name} {there}, and the training has {here}"
-            )
+        if made[name] != view[name]:
+            raise ValueError(f"{path} has {name} {made[name]}, and {other} has {view[name]}")
 
 
 def check_sizes(

@@ -30,7 +30,7 @@ def open_demonstrations(config: Any, *, least: int) -> Demonstrations:
     check(config)
     path, oracle = config.demonstrations, config.memory == "oracle"
     found = demonstrations.load(path, episodes=config.num_episodes)
-    demonstrations.check_world(path, found, config, oracle=oracle)
+    demonstrations.check_world(path, found.made, "the training", vars(config), oracle=oracle)
     spec = options.make_env(config, oracle=oracle).spec
     words = {"oracle": oracle, "privileged": config.privileged, "least": least}
     demonstrations.check_sizes(path, found, spec, **words)
